@@ -1,0 +1,65 @@
+# Every target can run first on a fresh clone: each depends on `setup`, which is quick once done.
+#   make demo       the main job on real data (writes flatkern-demo/)
+#   make test       the tests (under 10 minutes on two cores)
+# A CUDA user overrides the pinned torch:  make setup CONSTRAINTS=my-constraints.txt
+SHELL       := /bin/bash
+PYTHON      ?= python3
+CONSTRAINTS ?= requirements/constraints.txt
+VENV        := .venv
+BIN         := $(VENV)/bin
+PYTEST      := $(BIN)/python -m pytest
+SOURCES     := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+# a failed build of the compiled side is an error here, never a silent fall-back
+export FLATKERN_BUILD := required
+
+.PHONY: setup demo test test-all lint format bench cuda-check clean help
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^#   //p' Makefile; echo "also: setup test-all lint format bench cuda-check clean"
+
+$(VENV)/.deps: pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "flatkern needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing the requirements into $(VENV) ..."
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) \
+	    $$($(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; o = p["optional-dependencies"]; print(*p["dependencies"], *(r for g in ("demo", "test", "lint", "build") for r in o[g]))')
+	@touch $@
+
+$(VENV)/.build: $(VENV)/.deps setup.py CMakeLists.txt $(SOURCES)
+	@echo "building the kernels ..."
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+
+setup: $(VENV)/.build
+
+demo: setup
+	$(BIN)/flatkern demo
+
+test: setup
+	$(PYTEST) -m "not slow"
+
+test-all: setup
+	$(PYTEST)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
+
+bench: setup
+	$(PYTEST) benchmarks --benchmark-enable
+
+cuda-check: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash csrc/cuda/check.sh
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info flatkern-demo flatkern/*.so flatkern/_build_info.json .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

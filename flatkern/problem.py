@@ -1,0 +1,237 @@
+"""What the user hands in: a model, its parameters, its data. Checked once, and left exactly as found."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "DEFAULT_MAX_MEMORY",
+    "Batches",
+    "Layout",
+    "check_input",
+    "check_model",
+    "check_output",
+    "preserve_state",
+    "select_parameters",
+]
+
+DEFAULT_MAX_MEMORY = 1 << 30
+"""Working-set budget in bytes where ``max_memory`` is not given: 1 GiB."""
+
+ParameterSelection = str | Sequence[str] | None
+
+_BATCH_NORM = (nn.modules.batchnorm._BatchNorm,)
+_DROPOUT = (nn.modules.dropout._DropoutNd,)
+
+
+def select_parameters(model: nn.Module, params: ParameterSelection = None) -> dict[str, nn.Parameter]:
+    """Names and tensors of the parameters a quantity is taken over, each tensor once.
+
+    Args:
+        model: any module.
+        params: ``None`` for all parameters with ``requires_grad``; else a name, a glob (``"layers.*.weight"``)
+            or a list of them. Frozen parameters are left out by ``None`` and refused when named exactly.
+
+    Raises:
+        ValueError: nothing is selected, a name matches nothing, or a named parameter is frozen.
+    """
+    named = dict(model.named_parameters())  # a tied tensor appears once, under its first name
+    if params is None:
+        chosen = {name: p for name, p in named.items() if p.requires_grad}
+        if not chosen:
+            raise ValueError("model: it has no parameter with requires_grad=True, so there is nothing to differentiate")
+        return chosen
+    patterns = [params] if isinstance(params, str) else list(params)
+    aliases = dict(model.named_parameters(remove_duplicate=False))
+    by_identity = {id(p): name for name, p in named.items()}
+    chosen = {}
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"params: expected names or globs (str), got {type(pattern).__name__}")
+        hits = fnmatch.filter(aliases, pattern)
+        if not hits:
+            raise ValueError(f"params: {pattern!r} matches no parameter; there are {', '.join(named)}")
+        for hit in hits:
+            if aliases[hit].requires_grad:
+                chosen[by_identity[id(aliases[hit])]] = aliases[hit]
+            elif hit == pattern:
+                raise ValueError(f"params: {hit!r} is frozen (requires_grad=False); unfreeze it or leave it out")
+    if not chosen:
+        raise ValueError(f"params: {params!r} selects only frozen parameters")
+    return {name: p for name, p in named.items() if name in chosen}
+
+
+class Layout:
+    """Where each parameter lies in a flat vector [P].
+
+    ``slices[name]`` is the parameter's range; :meth:`flatten` and :meth:`unflatten` go both ways.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self.names: tuple[str, ...] = tuple(parameters)
+        self.shapes: dict[str, torch.Size] = {name: p.shape for name, p in parameters.items()}
+        self.slices: dict[str, slice] = {}
+        start = 0
+        for name, p in parameters.items():
+            self.slices[name] = slice(start, start + p.numel())
+            start += p.numel()
+        self.size = start
+
+    def flatten(self, tensors: Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:
+        """Tensors in the parameters' shapes (a mapping by name, or in order) → one vector [P]."""
+        parts = [tensors[name] for name in self.names] if isinstance(tensors, Mapping) else list(tensors)
+        if len(parts) != len(self.names):
+            raise ValueError(f"tensors: expected {len(self.names)}, one a parameter, got {len(parts)}")
+        for name, part in zip(self.names, parts, strict=True):
+            if part.shape != self.shapes[name]:
+                raise ValueError(f"tensors: {name!r} has shape {tuple(part.shape)}, not {tuple(self.shapes[name])}")
+        return torch.cat([part.reshape(-1) for part in parts])
+
+    def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
+        """A vector [P], or vectors as rows [k, P] → tensors by name (views), [*shape] or [k, *shape]."""
+        if vector.ndim not in (1, 2) or vector.shape[-1] != self.size:
+            raise ValueError(f"vector: expected [{self.size}] or [k, {self.size}], got {tuple(vector.shape)}")
+        lead = vector.shape[:-1]
+        return {name: vector[..., self.slices[name]].reshape(*lead, *self.shapes[name]) for name in self.names}
+
+
+class Batches:
+    """A pair ``(x, y)`` or any re-iterable of pairs, as something to iterate over more than once.
+
+    A one-shot iterator is refused, as every algorithm here passes over the data several times.
+    """
+
+    def __init__(self, data: Any, device: torch.device) -> None:
+        self.device = device
+        self._source: Iterable[Any]
+        if _is_pair(data):
+            self._source = [data]
+        elif isinstance(data, Tensor) or not hasattr(data, "__iter__"):
+            raise TypeError(f"data: expected a pair (x, y) or an iterable of pairs, got {type(data).__name__}")
+        elif hasattr(data, "__next__"):
+            raise TypeError("data: a one-shot iterator can be read only once; pass a list or a DataLoader")
+        else:
+            self._source = data
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        empty = True
+        for item in self._source:
+            if not _is_pair(item):
+                raise TypeError(f"data: every batch must be a pair of tensors (x, y), got {_describe(item)}")
+            x, y = item[0].to(self.device), item[1].to(self.device)
+            if x.ndim == 0 or len(x) == 0:
+                raise ValueError("data: a batch is empty; axis 0 holds the samples and needs at least one")
+            if y.ndim > 0 and len(y) != len(x):
+                raise ValueError(f"data: x holds {len(x)} samples and y {len(y)}; axis 0 must agree")
+            empty = False
+            yield x, y
+        if empty:
+            raise ValueError("data: no batch in it")
+
+
+def _is_pair(item: Any) -> bool:
+    return isinstance(item, (tuple, list)) and len(item) == 2 and all(isinstance(t, Tensor) for t in item)
+
+
+def _describe(item: Any) -> str:
+    if isinstance(item, (tuple, list)):
+        return f"{type(item).__name__} of {len(item)}: {', '.join(type(t).__name__ for t in item)}"
+    return type(item).__name__
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter or buffer; the CPU for a model without any."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        return tensor.device
+    return torch.device("cpu")
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse what makes the samples of a batch depend on one another or on chance.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: batch norm (with batch statistics) or dropout in train mode.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if not module.training:
+            continue
+        if isinstance(module, _BATCH_NORM):
+            raise ValueError(
+                f"model: batch norm {name!r} is in train mode, where a sample's output depends on its batch; "
+                "call model.eval() first"
+            )
+        if isinstance(module, _DROPOUT) and module.p > 0:
+            raise ValueError(f"model: dropout {name!r} is in train mode, so outputs are random; call model.eval() first")
+
+
+def check_input(x: Tensor, *, differentiable: bool, name: str = "x") -> None:
+    """Refuse inputs with no samples, non-finite entries, or (where a Jacobian is needed) no gradient."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor with the samples on axis 0, got {type(x).__name__}")
+    if x.ndim == 0 or len(x) == 0:
+        raise ValueError(f"{name}: shape {tuple(x.shape)} holds no sample; axis 0 holds the samples")
+    if differentiable and not x.is_floating_point():
+        raise TypeError(
+            f"{name}: dtype {x.dtype} has no gradient, so there is no input Jacobian; convert it (x.float()), or "
+            "for token ids measure from the embedding's output on"
+        )
+    if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+        raise ValueError(f"{name}: it holds NaN or Inf")
+
+
+def check_output(model: nn.Module, output: Any, n: int) -> Tensor:
+    """Refuse outputs that are not one tensor of n samples, or not finite (naming the bad parameter)."""
+    if not isinstance(output, Tensor):
+        raise TypeError(f"model: its output must be one tensor, got {type(output).__name__}; wrap the model")
+    if output.ndim == 0 or output.shape[0] != n:
+        raise ValueError(f"model: output shape {tuple(output.shape)} does not start with the number of samples, {n}")
+    if not output.is_floating_point():
+        raise TypeError(f"model: output dtype {output.dtype} is not a real floating-point type")
+    if not bool(torch.isfinite(output).all()):
+        for name, p in model.named_parameters():
+            if not bool(torch.isfinite(p).all()):
+                raise ValueError(f"model: parameter {name!r} holds NaN or Inf")
+        raise ValueError("model: its output holds NaN or Inf on this input although all parameters are finite (overflow?)")
+    return output
+
+
+@contextmanager
+def preserve_state(model: nn.Module, *, allow_random: bool = False) -> Iterator[None]:
+    """Leave RNG states, buffers and ``requires_grad`` exactly as they were, on errors too.
+
+    Raises:
+        ValueError: (unless ``allow_random``) the block drew random numbers, i.e. the model's forward pass is
+            random, whatever the reason; the RNG state is restored all the same.
+    """
+    device = model_device(model)
+    cpu_state = torch.get_rng_state()
+    gpu_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()]
+    drew = False
+    try:
+        yield
+    finally:
+        if not torch.equal(torch.get_rng_state(), cpu_state):
+            drew = True
+            torch.set_rng_state(cpu_state)
+        if gpu_state is not None and not torch.equal(torch.cuda.get_rng_state(device), gpu_state):
+            drew = True
+            torch.cuda.set_rng_state(gpu_state, device)
+        with torch.no_grad():
+            for buffer, version, value in buffers:
+                if buffer._version != version:
+                    buffer.copy_(value)
+    if drew and not allow_random:
+        raise ValueError(
+            "model: its forward pass draws random numbers (dropout, noise, sampling), so derivatives would be those "
+            "of one draw; call model.eval() or remove the noise"
+        )

@@ -1,0 +1,87 @@
+"""Result objects: a value, its error, how it was obtained and what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+__all__ = ["Estimate", "PerSample"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One number with its error bars.
+
+    Two errors are kept apart and never merged:
+
+    * ``stderr``: the estimator's own standard error, 0.0 when the value is exact for the given data;
+    * ``sample_stderr``: the standard error of the mean over the ``num_data`` samples, i.e. how far the value
+      may move with other samples of the same kind; ``None`` where it is not known.
+
+    ``float(estimate)`` gives the value.
+    """
+
+    value: float
+    stderr: float = 0.0
+    sample_stderr: float | None = None
+    method: str = "exact"
+    num_data: int | None = None
+    matvecs: int = 0
+    passes: int = 0
+    seconds: float = 0.0
+    converged: bool = True
+    samples: Tensor | None = field(default=None, repr=False)
+    """The individual probe values of a stochastic estimate, [k]."""
+    per_sample: Tensor | None = field(default=None, repr=False)
+    """One value a data sample, [n], float64, whose (weighted) mean is ``value``."""
+    per_layer: Mapping[str, float] | None = field(default=None, repr=False)
+    """The value split by layer, where it is a sum over layers and the split was asked for."""
+    notes: tuple[str, ...] = ()
+
+    def __float__(self) -> float:
+        return self.value
+
+
+@dataclass(frozen=True)
+class PerSample:
+    """One number a sample, [n] (float64), with the mean over samples.
+
+    ``rank_deficient`` counts the samples whose value is degenerate (a log-volume of −inf); they are kept in
+    ``values`` and left out of ``mean`` and ``sample_stderr``, which speak of the other samples only.
+    """
+
+    values: Tensor
+    rank_deficient: int = 0
+    method: str = "exact"
+    stderr: float = 0.0
+    seconds: float = 0.0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def finite(self) -> Tensor:
+        """The values of the non-degenerate samples."""
+        return self.values[torch.isfinite(self.values)]
+
+    @property
+    def mean(self) -> float:
+        """Mean over the non-degenerate samples; −inf where there is none."""
+        kept = self.finite
+        return float(kept.mean()) if len(kept) else -float("inf")
+
+    @property
+    def sample_stderr(self) -> float | None:
+        """Standard error of ``mean`` over the samples: sd/√n; ``None`` with fewer than two samples."""
+        return standard_error(self.finite)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+def standard_error(values: Tensor) -> float | None:
+    """Standard error of the mean of independent values [n]: sd/√n; ``None`` with fewer than two."""
+    if len(values) < 2:
+        return None
+    return float(values.double().std() / len(values) ** 0.5)
