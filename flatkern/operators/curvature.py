@@ -1,0 +1,291 @@
+"""What the Hessian and the Gauss-Newton operator share: batches, their weights, kept graphs, staleness."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from flatkern.losses import Loss, Reduction, resolve_loss
+from flatkern.operators.base import LinearOperator
+from flatkern.operators.forms import twice_differentiable
+from flatkern.operators.graph_memory import graph_bytes
+from flatkern.operators.staleness import StaleOperatorError, WeightsWatch
+from flatkern.problem import (
+    DEFAULT_MAX_MEMORY,
+    Batches,
+    Layout,
+    ParameterSelection,
+    check_input,
+    check_model,
+    check_output,
+    model_device,
+    preserve_state,
+    select_parameters,
+)
+
+__all__ = ["CurvatureOperator", "Linearization", "OperatorInfo"]
+
+
+class Linearization(Protocol):
+    """One batch at fixed θ as a linear map on parameter-shaped tensors."""
+
+    @property
+    def roots(self) -> Sequence[Tensor]:
+        """The tensors whose autograd graphs are kept."""
+        ...
+
+    def apply(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """Curvature of this batch's loss numerator times a tangent; ``None`` stands for zeros."""
+        ...
+
+
+@dataclass(frozen=True)
+class OperatorInfo:
+    """How an operator does its products, and what it has done so far."""
+
+    method: str
+    batches: int
+    kept_batches: int
+    """Batches whose graph is held in memory; the others are rebuilt in every product."""
+    kept_bytes: int
+    max_memory: int
+    products: int
+    linearize_seconds: float
+
+
+@dataclass
+class _Batch:
+    scale: float  # what the linearization's product is multiplied with before it is summed
+    sums: list[Tensor]  # per-sample sums of x and y, to recognise the batch when it is read again
+    kept: Linearization | None
+
+
+class CurvatureOperator(LinearOperator):
+    """A curvature matrix of the loss, summed over batches, over the denominator of the whole data set.
+
+    Symmetric [P, P] in the flat parameter space given by ``layout``. See :func:`flatkern.operators.hessian`
+    and :func:`flatkern.operators.ggn`.
+
+    Attributes:
+        num_data: number of samples over all batches.
+        denominator: what the summed loss numerators are divided by: 1 for a sum, for a mean the number of
+            samples, of output entries, or the summed weights of the kept labels (see
+            :class:`flatkern.losses.Loss`).
+    """
+
+    layout: Layout
+    method = ""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: object,
+        data: Any,
+        *,
+        params: ParameterSelection = None,
+        reduction: Reduction | None = None,
+        max_memory: int | None = None,
+    ) -> None:
+        check_model(model)
+        if max_memory is not None and max_memory < 0:
+            raise ValueError(f"max_memory: {max_memory} is negative; give bytes, 0 to keep no graph at all")
+        self._loss: Loss = resolve_loss(loss_fn, reduction)
+        self._model = model
+        self._named = select_parameters(model, params)
+        self._parameters = tuple(self._named.values())
+        dtype, device = _vector_kind(self._named)
+        layout = Layout(self._named)
+        super().__init__((layout.size, layout.size), dtype, device, symmetric=True, layout=layout)
+        self._data = Batches(data, model_device(model))
+        self._max_memory = DEFAULT_MAX_MEMORY if max_memory is None else int(max_memory)
+        self._products = 0
+        self.refresh()
+
+    # -- to implement ------------------------------------------------------------------------------
+    def _linearize(self, output: Tensor, target: Tensor) -> Linearization:
+        """The map of one batch, from the model's output with its graph."""
+        raise NotImplementedError
+
+    # -- linearizing -------------------------------------------------------------------------------
+    def refresh(self) -> Self:
+        """Linearize at the present weights (one pass over the data) and return the operator."""
+        start = time.perf_counter()
+        check_model(self._model)
+        _check_layers(self._model)
+        self._watch: WeightsWatch | None = None  # until this has succeeded, there is nothing to multiply with
+        self._batches: list[_Batch] = []
+        self._kept_bytes = 0
+        self.num_data = 0
+        total_weight: Tensor | float = 0.0
+        largest, keeping = 0, True
+        # the outer guard covers what reading the data does: a DataLoader draws a seed from the global
+        # generator
+        with preserve_state(self._model, allow_random=True):
+            for index, (x, y) in enumerate(self._data):
+                linear, weight = self._build(x, y, index, first=True)
+                total_weight = total_weight + weight
+                self.num_data += len(x)
+                size = graph_bytes(linear.roots, self._model.parameters())
+                largest = max(largest, size)
+                keeping = keeping and self._kept_bytes + size <= self._max_memory
+                self._kept_bytes += size if keeping else 0
+                self._batches.append(_Batch(float(len(x)), _sample_sums(x, y), linear if keeping else None))
+                del linear
+                if not keeping:
+                    self._make_room(largest)
+        self.denominator = self._loss.denominator(total_weight)
+        for batch in self._batches:
+            batch.scale /= self.denominator
+        self._watch = WeightsWatch(self._model)
+        self._seconds = time.perf_counter() - start
+        return self
+
+    def _make_room(self, largest: int) -> None:
+        """Drop kept graphs, the latest first, until a rebuilt one fits into the budget beside the rest."""
+        for batch in reversed(self._batches):
+            if self._kept_bytes + largest <= self._max_memory:
+                return
+            if batch.kept is not None:
+                self._kept_bytes -= graph_bytes(batch.kept.roots, self._model.parameters())
+                batch.kept = None
+
+    def _build(self, x: Tensor, y: Tensor, index: int, *, first: bool) -> tuple[Linearization, Tensor]:
+        """Forward pass and linearization of one batch, of the per-sample mean (a loss's usual magnitude)."""
+        if first:
+            check_input(x, differentiable=False, name=f"data: x of batch {index}")
+            if y.is_floating_point() and not bool(torch.isfinite(y).all()):
+                raise ValueError(f"data: y of batch {index} holds NaN or Inf")
+        with preserve_state(self._model), twice_differentiable(self._model):
+            output = check_output(self._model, self._model(x), len(x))
+            if output.dtype in (torch.bfloat16, torch.float16):
+                output = output.float()
+            linear = self._linearize(output, y)
+            weight = self._loss.weight(output.detach(), y).detach() if first else output.new_zeros(())
+        return linear, weight
+
+    def _numerator(self, output: Tensor, target: Tensor) -> Tensor:
+        """The loss's numerator over the batch's number of samples, checked."""
+        value = self._loss.numerator(output, target) / len(output)
+        if not bool(torch.isfinite(value)):
+            raise ValueError(
+                "loss_fn: the loss is NaN or Inf on finite outputs; check the targets and the loss's weights"
+            )
+        return value
+
+    # -- products ----------------------------------------------------------------------------------
+    def _rows(self, rows: Tensor) -> Tensor:
+        if self._watch is None:
+            raise StaleOperatorError("the last H.refresh() of this operator failed; call it again")
+        self._watch.check()
+        self._products += len(rows)
+        tangents = [self._tangents(row) for row in rows]
+        fresh = any(batch.kept is not None for batch in self._batches)
+        make = torch.empty if fresh else torch.zeros
+        total = make(len(rows), self.shape[0], dtype=self.dtype, device=self.device)
+        for batch in self._batches:
+            if batch.kept is not None:
+                self._accumulate(total, batch.kept, tangents, batch.scale, fresh=fresh)
+                fresh = False
+        if any(batch.kept is None for batch in self._batches):
+            self._accumulate_rebuilt(total, tangents)
+        return total
+
+    def _accumulate_rebuilt(self, total: Tensor, tangents: Sequence[Sequence[Tensor]]) -> None:
+        with preserve_state(self._model, allow_random=True):
+            count = 0
+            for index, (x, y) in enumerate(self._data):
+                count += 1
+                if index >= len(self._batches):
+                    break
+                batch = self._batches[index]
+                if batch.kept is not None:
+                    continue
+                if not _same_data(batch.sums, _sample_sums(x, y)):
+                    raise RuntimeError(_CHANGED_DATA.format(f"batch {index} differs"))
+                linear, _ = self._build(x, y, index, first=False)
+                self._accumulate(total, linear, tangents, batch.scale)
+            if count != len(self._batches):
+                raise RuntimeError(_CHANGED_DATA.format("the number of batches differs"))
+
+    def _accumulate(
+        self,
+        total: Tensor,
+        linear: Linearization,
+        tangents: Sequence[Sequence[Tensor]],
+        scale: float,
+        *,
+        fresh: bool = False,
+    ) -> None:
+        for out, tangent in zip(total, tangents, strict=True):
+            images = linear.apply(tangent)
+            parts = [
+                (p.new_zeros(p.numel()) if t is None else t.reshape(-1)).to(self.dtype)
+                for t, p in zip(images, self._parameters, strict=True)
+            ]
+            if fresh:  # the first batch is written straight into its place: two passes over [P] less
+                torch.cat(parts, out=out)
+                out.mul_(scale)
+            else:
+                out.add_(torch.cat(parts), alpha=scale)
+
+    def _tangents(self, row: Tensor) -> list[Tensor]:
+        pieces = row.split([p.numel() for p in self._parameters])
+        return [piece.view(p.shape).to(p.dtype) for piece, p in zip(pieces, self._parameters, strict=True)]
+
+    @property
+    def info(self) -> OperatorInfo:
+        """How products are done at present."""
+        kept = sum(batch.kept is not None for batch in self._batches)
+        return OperatorInfo(
+            method=self.method,
+            batches=len(self._batches),
+            kept_batches=kept,
+            kept_bytes=self._kept_bytes,
+            max_memory=self._max_memory,
+            products=self._products,
+            linearize_seconds=self._seconds,
+        )
+
+
+_CHANGED_DATA = (
+    "data: {} from the pass at linearization, so samples would be counted twice or left out; pass data that "
+    "is the same in every pass (shuffle=False, no random augmentation), or raise max_memory until all is kept"
+)
+
+
+def _sample_sums(x: Tensor, y: Tensor) -> list[Tensor]:
+    # sums rather than a few entries: strided pixels of images may all lie on a blank border
+    return [
+        t.reshape(len(x), -1).sum(1, dtype=torch.float64) for t in (x, y.expand(len(x)) if y.ndim == 0 else y)
+    ]
+
+
+def _same_data(old: Sequence[Tensor], new: Sequence[Tensor]) -> bool:
+    return all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-9) for a, b in zip(old, new, strict=True))
+
+
+def _vector_kind(named: dict[str, nn.Parameter]) -> tuple[torch.dtype, torch.device]:
+    """Dtype of flat vectors (the parameters', at least float32) and the device of all parameters."""
+    dtype, devices = torch.float32, {p.device for p in named.values()}
+    if len(devices) > 1:
+        raise ValueError(
+            f"model: its parameters are spread over {', '.join(map(str, devices))}; put them on one device"
+        )
+    for name, p in named.items():
+        if p.is_complex():
+            raise TypeError(f"model: parameter {name!r} is complex, which is not supported")
+        dtype = torch.promote_types(dtype, p.dtype)
+    return dtype, devices.pop()
+
+
+def _check_layers(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
+            raise ValueError(
+                f"model: embedding {name!r} has sparse=True, whose gradients torch differentiates only once"
+            )

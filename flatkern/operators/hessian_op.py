@@ -1,0 +1,109 @@
+"""The Hessian of a loss as a linear operator, by double backward over kept graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flatkern.losses import Reduction
+from flatkern.operators.curvature import CurvatureOperator
+from flatkern.problem import ParameterSelection
+
+__all__ = ["HessianOperator", "hessian"]
+
+
+class HessianOperator(CurvatureOperator):
+    """∂²L/∂θ² [P, P]; made by :func:`hessian`."""
+
+    method = "double backward, kept graphs"
+
+    def _linearize(self, output: Tensor, target: Tensor) -> _GradientGraph:
+        value = self._numerator(output, target)
+        gradients: Sequence[Tensor | None] = [None] * len(self._parameters)
+        if value.requires_grad:
+            gradients = torch.autograd.grad(value, self._parameters, create_graph=True, allow_unused=True)
+        for name, gradient in zip(self.layout.names, gradients, strict=True):
+            if gradient is not None and not bool(torch.isfinite(gradient.detach().sum())):
+                _check_finite(name, gradient.detach())
+        return _GradientGraph(self._parameters, gradients)
+
+
+def _check_finite(name: str, gradient: Tensor) -> None:
+    # the sum may overflow where no entry does; only the entries decide
+    if not bool(torch.isfinite(gradient).all()):
+        raise ValueError(
+            f"model: the gradient with respect to {name!r} holds NaN or Inf although the loss is finite"
+        )
+
+
+class _GradientGraph:
+    """A batch's gradient with its graph; H v is the gradient of ⟨∇L, v⟩."""
+
+    def __init__(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        self._parameters = parameters
+        # a parameter that the loss is linear in, or does not use, has a gradient without a graph
+        self._active = [i for i, g in enumerate(gradients) if g is not None and g.requires_grad]
+        self.roots = [g for g in gradients if g is not None and g.requires_grad]
+
+    def apply(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        if not self.roots:
+            return [None] * len(self._parameters)
+        cotangents = [tangents[i] for i in self._active]
+        return torch.autograd.grad(
+            self.roots, self._parameters, grad_outputs=cotangents, retain_graph=True, allow_unused=True
+        )
+
+
+def hessian(
+    model: nn.Module,
+    loss_fn: object,
+    data: Any,
+    *,
+    params: ParameterSelection = None,
+    reduction: Reduction | None = None,
+    max_memory: int | None = None,
+) -> HessianOperator:
+    """The Hessian of a loss in the parameters as a linear operator.
+
+    H = ∂²L/∂θ² [P, P], L = Σ_b numerator_b / Σ_b denominator_b with both sums over the whole data set: ragged
+    batches, class weights and ignored labels weigh as in one batch with everything in it.
+
+    Args:
+        model: any module; in eval mode where it has batch norm or dropout. It is left as found.
+        loss_fn: ``nn.CrossEntropyLoss``, ``nn.MSELoss``, ``nn.BCEWithLogitsLoss``, or any callable
+            (output, target) → scalar with ``reduction`` said.
+        data: one pair (x, y) or a re-iterable of pairs (a list, a DataLoader), samples on axis 0.
+        params: names or globs; default all parameters with ``requires_grad``. Tied ones count once; unused
+            ones have zero rows and columns.
+        reduction: ``"mean"`` or ``"sum"`` over samples, for a callable ``loss_fn`` only.
+        max_memory: bytes for kept graphs (default 1 GiB). Batches beyond it are rebuilt in every product; a
+            single rebuilt batch still takes what it takes.
+
+    Returns:
+        A symmetric operator on vectors [P] and [P, k] in the parameters' dtype (float32 for bfloat16 and
+        float16, which are summed in float32) on their device, with ``layout``, ``num_data``, ``denominator``
+        and ``info``. At kinks (ReLU) it is the almost-everywhere Hessian, as autograd defines it.
+
+    Cost: one pass with graph (about 2 to 3 gradients) at the start; each product about 1.2 to 2.1 gradients
+    for kept batches and 2.5 to 4.2 for rebuilt ones. Memory: the graphs, about twice those of a training
+    step.
+
+    Raises:
+        TypeError, ValueError: input that cannot be used, naming the argument.
+        StaleOperatorError: (in a product) the weights changed; ``H.refresh()`` linearizes anew.
+        RuntimeError: (in a product) data read again differs from the first pass.
+
+    Source: Pearlmutter, "Fast exact multiplication by the Hessian", Neural Computation 6 (1994).
+
+    Example:
+        >>> import torch
+        >>> from flatkern.operators import hessian
+        >>> model = torch.nn.Linear(3, 2)
+        >>> H = hessian(model, torch.nn.CrossEntropyLoss(), (torch.ones(4, 3), torch.tensor([0, 1, 1, 0])))
+        >>> H.shape, (H @ torch.ones(8)).shape
+        ((8, 8), torch.Size([8]))
+    """
+    return HessianOperator(model, loss_fn, data, params=params, reduction=reduction, max_memory=max_memory)
