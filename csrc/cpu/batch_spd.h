@@ -1,0 +1,178 @@
+// From memory to lanes and back: the lower triangles of `width` samples, their log-determinants, inverses.
+#pragma once
+
+#include <stdlib.h>
+
+#include "kernels.h"
+#include "ldl.h"
+
+namespace flatkern::cpu::FLATKERN_ISA {
+
+// Aligned memory for one call, freed on return.
+template <typename T>
+class Workspace {
+ public:
+  explicit Workspace(std::int64_t count) {
+    const size_t bytes = ((static_cast<size_t>(count) * sizeof(T) + 63) / 64 + 1) * 64;
+    data_ = static_cast<T*>(aligned_alloc(64, bytes));
+    if (!data_) __builtin_trap();  // a few hundred kilobytes at most: nothing sensible is left to do
+  }
+  ~Workspace() { free(data_); }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  T* get() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+// Vectors a factorization of size c needs: triangle, reciprocal pivots, the scaled rows of a panel.
+inline __attribute__((always_inline)) std::int64_t ldl_vectors(std::int64_t c) {
+  return packed(c, 0) + c + 4 * c;
+}
+
+// Fills `a` with the packed lower triangles of the samples. Lane by lane the result is 0 where every element
+// is finite and NaN where one is not.
+template <typename T>
+FLATKERN_INLINE V<T> load_lower(const T* const* sample, int c, std::int64_t row_stride,
+                                std::int64_t col_stride, V<T>* __restrict a) {
+  constexpr int tile = Simd<T>::tile;
+  const V<T> zero = {};
+  V<T> bad = {};
+  if (c >= tile && col_stride == 1) {
+    for (int i = 0; i < c; ++i) {
+      V<T>* row = a + packed(i, 0);
+      for (int j = 0; j <= i; j += tile) {
+        // the last tile moves back inside the row: never a read past the matrix
+        const int first = j + tile <= c ? j : c - tile;
+        V<T> t[tile];
+        load_tile<T>(sample, i * row_stride + first, t);
+#pragma GCC unroll 4
+        for (int k = 0; k < tile; ++k) {
+          if (first + k <= i) {
+            row[first + k] = t[k];
+            bad += t[k] * zero;
+          }
+        }
+      }
+    }
+  } else if (c >= tile && row_stride == 1) {
+    for (int j = 0; j < c; ++j) {
+      for (int i = j; i < c; i += tile) {
+        const int first = i + tile <= c ? i : c - tile;
+        V<T> t[tile];
+        load_tile<T>(sample, j * col_stride + first, t);
+#pragma GCC unroll 4
+        for (int k = 0; k < tile; ++k) {
+          if (first + k >= j) {
+            a[packed(first + k, j)] = t[k];
+            bad += t[k] * zero;
+          }
+        }
+      }
+    }
+  } else {
+    for (int i = 0; i < c; ++i) {
+      for (int j = 0; j <= i; ++j) {
+        const std::int64_t offset = i * row_stride + j * col_stride;
+        T lanes[Simd<T>::width];
+        for (int s = 0; s < Simd<T>::width; ++s) lanes[s] = sample[s][offset];
+        const V<T> v = load<T>(lanes);
+        a[packed(i, j)] = v;
+        bad += v * zero;
+      }
+    }
+  }
+  return bad;
+}
+
+// -inf where a pivot was no good, NaN where the input was not finite.
+template <typename T>
+FLATKERN_INLINE V<T> logdet_of(const Pivots<T>& pivots, V<T> bad) {
+  const V<T> value = pivots.good ? pivots.log.value() : broadcast(-T(__builtin_inf()));
+  return value + bad;
+}
+
+template <typename T>
+FLATKERN_INLINE void store_lanes(T* out, V<T> v, int lanes) {
+  if (lanes == Simd<T>::width) {
+    store<T>(out, v);
+  } else {
+    T values[Simd<T>::width];
+    store<T>(values, v);
+    for (int s = 0; s < lanes; ++s) out[s] = values[s];
+  }
+}
+
+// Pointers to samples first .. first + lanes - 1; the lanes left over repeat the last one.
+template <typename T>
+FLATKERN_INLINE int take_samples(const Matrices<T>& m, std::int64_t first, std::int64_t end,
+                                 const T** sample) {
+  constexpr int width = Simd<T>::width;
+  const int lanes = end - first < width ? static_cast<int>(end - first) : width;
+  for (int s = 0; s < width; ++s) sample[s] = m.sample(first + (s < lanes ? s : lanes - 1));
+  return lanes;
+}
+
+template <typename T>
+void spd_logdet(const Matrices<T>& g, std::int64_t begin, std::int64_t end, T* out) {
+  const int c = static_cast<int>(g.rows);
+  const Workspace<V<T>> room(ldl_vectors(c));
+  V<T>* a = room.get();
+  V<T>* inverse = a + packed(c, 0);
+  const T tolerance = spd_tolerance<T>(c);
+  for (std::int64_t first = begin; first < end; first += Simd<T>::width) {
+    const T* sample[Simd<T>::width];
+    const int lanes = take_samples(g, first, end, sample);
+    const V<T> bad = load_lower<T>(sample, c, g.row_stride, g.col_stride, a);
+    Pivots<T> pivots(tolerance);
+    ldl<T>(a, c, c <= 8 ? nullptr : inverse, inverse + c, pivots);
+    store_lanes<T>(out + first, logdet_of(pivots, bad), lanes);
+  }
+}
+
+// Zeros where a matrix is not numerically positive definite, or not finite.
+template <typename T>
+void spd_inverse(const Matrices<T>& g, std::int64_t begin, std::int64_t end, T* out) {
+  const int c = static_cast<int>(g.rows);
+  const Workspace<V<T>> room(ldl_vectors(c) + packed(c, 0));
+  V<T>* a = room.get();
+  V<T>* inverse = a + packed(c, 0);
+  V<T>* m = a + ldl_vectors(c);  // the inverse of the unit triangle L, packed
+  const T tolerance = spd_tolerance<T>(c);
+  for (std::int64_t first = begin; first < end; first += Simd<T>::width) {
+    const T* sample[Simd<T>::width];
+    const int lanes = take_samples(g, first, end, sample);
+    const V<T> bad = load_lower<T>(sample, c, g.row_stride, g.col_stride, a);
+    Pivots<T> pivots(tolerance);
+    ldl<T>(a, c, inverse, inverse + c, pivots);
+    for (int i = 0; i < c; ++i) {
+      V<T>* row = a + packed(i, 0);
+      for (int k = 0; k < i; ++k) row[k] *= inverse[k];
+    }
+    for (int i = 0; i < c; ++i) {
+      m[packed(i, i)] = broadcast(T(1));
+      for (int j = 0; j < i; ++j) {
+        V<T> sum = {};
+        for (int k = j; k < i; ++k) sum -= a[packed(i, k)] * m[packed(k, j)];
+        m[packed(i, j)] = sum;
+      }
+    }
+    const auto usable = pivots.good & (bad == T(0));
+    for (int i = 0; i < c; ++i) {
+      for (int j = 0; j <= i; ++j) {
+        V<T> sum = {};
+        for (int k = i; k < c; ++k) sum += m[packed(k, i)] * inverse[k] * m[packed(k, j)];
+        T values[Simd<T>::width];
+        store<T>(values, usable ? sum : V<T>{});
+        for (int s = 0; s < lanes; ++s) {
+          T* o = out + (first + s) * c * c;
+          o[i * c + j] = values[s];
+          o[j * c + i] = values[s];
+        }
+      }
+    }
+  }
+}
+
+}  // namespace flatkern::cpu::FLATKERN_ISA

@@ -1,0 +1,58 @@
+// The CPU kernels: raw pointers and strides in, results out. One table of them per instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/matrices.h"
+
+namespace flatkern::cpu {
+
+// Beyond this size LAPACK's blocking wins and the doors compose the result from a matrix product and
+// Cholesky.
+constexpr std::int64_t kMaxSize = 128;
+
+// Every kernel works on samples [begin, end) of the batch on the calling thread; outputs are contiguous over
+// the batch and indexed by the absolute sample number, so that ranges can go to different threads.
+template <typename T>
+using SpdLogdet = void (*)(const Matrices<T>& g, std::int64_t begin, std::int64_t end, T* out);
+
+template <typename T>
+using SpdInverse = void (*)(const Matrices<T>& g, std::int64_t begin, std::int64_t end, T* out);
+
+template <typename T>
+using Gram = void (*)(const Matrices<T>& x, std::int64_t begin, std::int64_t end, double* out);
+
+template <typename T>
+using GramStats = void (*)(const Matrices<T>& x, std::int64_t begin, std::int64_t end,
+                           const GramStatsOut& out);
+
+template <typename T>
+struct TypedKernels {
+  SpdLogdet<T> spd_logdet;
+  SpdInverse<T> spd_inverse;
+  Gram<T> gram;
+  GramStats<T> gram_stats;
+};
+
+struct Kernels {
+  const char* isa;
+  int vector_bytes;
+  TypedKernels<float> f32;
+  TypedKernels<double> f64;
+
+  const TypedKernels<float>& of(float) const { return f32; }
+  const TypedKernels<double>& of(double) const { return f64; }
+};
+
+// The best table for this processor, chosen once; the environment variable FLATKERN_ISA
+// (baseline, avx2, avx512) can ask for a lesser one.
+const Kernels& kernels();
+
+// The table of a named instruction set; nullptr where this build or processor lacks it.
+const Kernels* kernels_for(const char* isa);
+
+// Samples one thread should get at least: below about 100 us of work a thread costs more than it brings.
+std::int64_t grain_spd(std::int64_t c);
+std::int64_t grain_gram(std::int64_t c, std::int64_t d);
+
+}  // namespace flatkern::cpu

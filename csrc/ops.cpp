@@ -1,0 +1,229 @@
+// The torch door: schemas and the code between tensors and raw pointers, on the stable ABI alone, so that one
+// binary serves every torch from 2.11 on. Autograd, shapes for tracing and vmap are added in Python
+// (flatkern/kernels), which also checks the arguments; nothing else calls these operators.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <tuple>
+#include <vector>
+
+#include "cpu/kernels.h"
+#ifdef FLATKERN_CUDA
+#include "cuda/kernels.h"
+// On a torch without CUDA this symbol is absent; weak, it lets the very same library load there.
+#pragma weak aoti_torch_get_current_cuda_stream
+#endif
+
+namespace {
+
+using flatkern::Matrices;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <typename T>
+Matrices<T> matrices(const Tensor& x) {
+  const auto sizes = x.sizes(), strides = x.strides();
+  const std::size_t dims = sizes.size();
+  STD_TORCH_CHECK(dims >= 2, "flatkern: expected a batch of matrices");
+  Matrices<T> m;
+  m.data = static_cast<const T*>(x.const_data_ptr());
+  m.rows = sizes[dims - 2], m.cols = sizes[dims - 1];
+  m.row_stride = strides[dims - 2], m.col_stride = strides[dims - 1];
+  for (std::size_t k = 0; k + 2 < dims; ++k) {
+    STD_TORCH_CHECK(m.batch.push(sizes[k], strides[k]), "flatkern: more than ", flatkern::kMaxBatchDims,
+                    " separate batch dimensions");
+  }
+  return m;
+}
+
+std::vector<std::int64_t> batch_sizes(const Tensor& x, std::initializer_list<std::int64_t> rest = {}) {
+  const auto sizes = x.sizes();
+  std::vector<std::int64_t> out(sizes.begin(), sizes.end() - 2);
+  out.insert(out.end(), rest);
+  return out;
+}
+
+Tensor empty(const Tensor& like, const std::vector<std::int64_t>& sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, dtype);
+}
+
+// Calls f with a value of the C++ type that belongs to the tensor's dtype.
+template <typename F>
+void dispatch(const Tensor& x, F&& f) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    default:
+      STD_TORCH_CHECK(false, "flatkern: supported dtypes are float32 and float64");
+  }
+}
+
+void check_sizes(const Tensor& x, std::int64_t limit, bool square) {
+  const std::int64_t rows = x.size(x.dim() - 2), cols = x.size(x.dim() - 1);
+  STD_TORCH_CHECK(rows <= limit, "flatkern: the compiled kernel takes matrices of up to ", limit, " rows");
+  STD_TORCH_CHECK(!square || rows == cols, "flatkern: the matrices must be square");
+}
+
+namespace cpu {
+
+using flatkern::cpu::kernels;
+
+Tensor spd_logdet(Tensor g) {
+  check_sizes(g, flatkern::cpu::kMaxSize, true);
+  Tensor out = empty(g, batch_sizes(g), g.scalar_type());
+  dispatch(g, [&](auto zero) {
+    using T = decltype(zero);
+    const Matrices<T> m = matrices<T>(g);
+    T* to = static_cast<T*>(out.mutable_data_ptr());
+    torch::stable::parallel_for(
+        0, m.batch.count(), flatkern::cpu::grain_spd(m.rows),
+        [&](std::int64_t begin, std::int64_t end) { kernels().of(zero).spd_logdet(m, begin, end, to); });
+  });
+  return out;
+}
+
+Tensor spd_inverse(Tensor g) {
+  check_sizes(g, flatkern::cpu::kMaxSize, true);
+  const std::int64_t c = g.size(g.dim() - 1);
+  Tensor out = empty(g, batch_sizes(g, {c, c}), g.scalar_type());
+  dispatch(g, [&](auto zero) {
+    using T = decltype(zero);
+    const Matrices<T> m = matrices<T>(g);
+    T* to = static_cast<T*>(out.mutable_data_ptr());
+    torch::stable::parallel_for(
+        0, m.batch.count(), flatkern::cpu::grain_spd(2 * m.rows),
+        [&](std::int64_t begin, std::int64_t end) { kernels().of(zero).spd_inverse(m, begin, end, to); });
+  });
+  return out;
+}
+
+Tensor gram(Tensor x) {
+  check_sizes(x, flatkern::cpu::kMaxSize, false);
+  const std::int64_t c = x.size(x.dim() - 2);
+  Tensor out = empty(x, batch_sizes(x, {c, c}), ScalarType::Double);
+  dispatch(x, [&](auto zero) {
+    using T = decltype(zero);
+    const Matrices<T> m = matrices<T>(x);
+    double* to = static_cast<double*>(out.mutable_data_ptr());
+    torch::stable::parallel_for(
+        0, m.batch.count(), flatkern::cpu::grain_gram(m.rows, m.cols),
+        [&](std::int64_t begin, std::int64_t end) { kernels().of(zero).gram(m, begin, end, to); });
+  });
+  return out;
+}
+
+struct StatsTensors {
+  Tensor logdet, trace, frobenius_sq, rank_deficient;
+
+  explicit StatsTensors(const Tensor& x)
+      : logdet(empty(x, batch_sizes(x), ScalarType::Double)),
+        trace(empty(x, batch_sizes(x), ScalarType::Double)),
+        frobenius_sq(empty(x, batch_sizes(x), ScalarType::Double)),
+        rank_deficient(empty(x, batch_sizes(x), ScalarType::Bool)) {}
+
+  flatkern::GramStatsOut pointers() const {
+    return {static_cast<double*>(logdet.mutable_data_ptr()), static_cast<double*>(trace.mutable_data_ptr()),
+            static_cast<double*>(frobenius_sq.mutable_data_ptr()),
+            static_cast<bool*>(rank_deficient.mutable_data_ptr())};
+  }
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor> tuple() const {
+    return {logdet, trace, frobenius_sq, rank_deficient};
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> gram_stats(Tensor x) {
+  check_sizes(x, flatkern::cpu::kMaxSize, false);
+  const StatsTensors out(x);
+  dispatch(x, [&](auto zero) {
+    using T = decltype(zero);
+    const Matrices<T> m = matrices<T>(x);
+    const flatkern::GramStatsOut to = out.pointers();
+    torch::stable::parallel_for(
+        0, m.batch.count(), flatkern::cpu::grain_gram(m.rows, m.cols),
+        [&](std::int64_t begin, std::int64_t end) { kernels().of(zero).gram_stats(m, begin, end, to); });
+  });
+  return out.tuple();
+}
+
+}  // namespace cpu
+
+#ifdef FLATKERN_CUDA
+namespace cuda {
+
+void* current_stream(const Tensor& x) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  return stream;
+}
+
+void check(int error) {
+  STD_TORCH_CHECK(error == 0, "flatkern: CUDA kernel launch failed: ", flatkern::cuda::error_string(error));
+}
+
+Tensor spd_logdet(Tensor g) {
+  check_sizes(g, flatkern::cuda::kMaxSize, true);
+  const torch::stable::accelerator::DeviceGuard guard(g.get_device_index());
+  Tensor out = empty(g, batch_sizes(g), g.scalar_type());
+  dispatch(g, [&](auto zero) {
+    using T = decltype(zero);
+    check(flatkern::cuda::spd_logdet<T>(matrices<T>(g), static_cast<T*>(out.mutable_data_ptr()),
+                                        current_stream(g)));
+  });
+  return out;
+}
+
+Tensor gram(Tensor x) {
+  check_sizes(x, flatkern::cuda::kMaxSize, false);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const std::int64_t c = x.size(x.dim() - 2);
+  Tensor out = empty(x, batch_sizes(x, {c, c}), ScalarType::Double);
+  dispatch(x, [&](auto zero) {
+    using T = decltype(zero);
+    check(flatkern::cuda::gram<T>(matrices<T>(x), static_cast<double*>(out.mutable_data_ptr()),
+                                  current_stream(x)));
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> gram_stats(Tensor x) {
+  check_sizes(x, flatkern::cuda::kMaxSize, false);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const cpu::StatsTensors out(x);
+  dispatch(x, [&](auto zero) {
+    using T = decltype(zero);
+    check(flatkern::cuda::gram_stats<T>(matrices<T>(x), out.pointers(), current_stream(x)));
+  });
+  return out.tuple();
+}
+
+}  // namespace cuda
+#endif
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(flatkern, m) {
+  m.def("spd_logdet(Tensor g) -> Tensor");
+  m.def("spd_inverse(Tensor g) -> Tensor");
+  m.def("gram(Tensor x) -> Tensor");
+  m.def("gram_stats(Tensor x) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flatkern, CPU, m) {
+  m.impl("spd_logdet", TORCH_BOX(&cpu::spd_logdet));
+  m.impl("spd_inverse", TORCH_BOX(&cpu::spd_inverse));
+  m.impl("gram", TORCH_BOX(&cpu::gram));
+  m.impl("gram_stats", TORCH_BOX(&cpu::gram_stats));
+}
+
+#ifdef FLATKERN_CUDA
+STABLE_TORCH_LIBRARY_IMPL(flatkern, CUDA, m) {
+  m.impl("spd_logdet", TORCH_BOX(&cuda::spd_logdet));
+  m.impl("gram", TORCH_BOX(&cuda::gram));
+  m.impl("gram_stats", TORCH_BOX(&cuda::gram_stats));
+}
+#endif

@@ -1,0 +1,157 @@
+"""Which implementation runs: loads the compiled library, or says why the reference is used instead."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+PACKAGE = Path(__file__).resolve().parent.parent
+LIBRARY = PACKAGE / "_C.so"
+MAX_SIZE = 128
+"""Rows up to which the compiled kernels work; larger matrices take the PyTorch composition."""
+
+CHOICES = ("auto", "compiled", "reference")
+ISAS = ("baseline", "avx2", "avx512")
+
+
+@dataclass(frozen=True)
+class KernelInfo:
+    """What runs behind `flatkern.kernels`, for `flatkern info` and bug reports."""
+
+    kernels: Literal["compiled", "reference"]
+    requested: str
+    """The value of `FLATKERN_KERNELS`."""
+    reason: str
+    """Why the reference is used; empty where the compiled kernels are."""
+    isa: str
+    """Instruction set of the CPU kernels, chosen for this processor; empty for the reference."""
+    cuda: bool
+    """Whether CUDA kernels are in the library (not whether there is a GPU)."""
+    cuda_architectures: tuple[str, ...]
+    compiler: str
+    nvcc: str
+    torch_at_build: str
+    torch_now: str
+
+
+def environment_choice(name: str, allowed: tuple[str, ...], default: str) -> str:
+    """An environment variable with a closed set of values; anything else raises and names them."""
+    value = os.environ.get(name, "").strip() or default
+    if value not in allowed and value != default:
+        raise ValueError(f"{name}={value!r} is not known; the allowed values are {', '.join(allowed)}")
+    return value
+
+
+def _build_info() -> dict[str, Any]:
+    try:
+        info: dict[str, Any] = json.loads((PACKAGE / "_build_info.json").read_text())
+    except (OSError, ValueError):
+        return {
+            "status": "missing",
+            "reason": "the package was never built (pip install it, or `make setup`)",
+        }
+    return info
+
+
+def _load() -> str:
+    """Loads the library; returns why that is not possible, or nothing."""
+    info = _build_info()
+    if not LIBRARY.exists():
+        return str(info.get("reason") or f"{LIBRARY} does not exist")
+    try:
+        torch.ops.load_library(LIBRARY)
+    except (OSError, RuntimeError) as error:
+        return f"{LIBRARY} could not be loaded: {error}"
+    return ""
+
+
+class _State:
+    """The one mutable thing here: the choice, made at import."""
+
+    def __init__(self) -> None:
+        self.requested = environment_choice("FLATKERN_KERNELS", CHOICES, "auto")
+        environment_choice("FLATKERN_ISA", ISAS, "")
+        self.build = _build_info()
+        self.problem = _load()
+        self.available = not self.problem
+        self.compiled = self.available and self.requested != "reference"
+        if self.requested == "compiled" and self.problem:
+            raise ImportError(f"FLATKERN_KERNELS=compiled, but there are no compiled kernels: {self.problem}")
+        if self.requested == "auto" and self.problem and self.build.get("status") != "skipped":
+            warnings.warn(
+                f"flatkern runs on its PyTorch reference, which is slower: {self.problem}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+_state = _State()
+
+
+def runs_compiled(x: Tensor, *, cuda: bool = True) -> bool:
+    """Whether the compiled kernel takes these matrices; `cuda`: whether the operator has a CUDA kernel."""
+    if not _state.compiled or x.shape[-2] > MAX_SIZE:
+        return False
+    if x.device.type == "cpu":
+        return True
+    return x.device.type == "cuda" and cuda and bool(_state.build.get("cuda"))
+
+
+def compiled_available() -> bool:
+    """Whether the compiled library was loaded (its operators exist), chosen or not."""
+    return _state.available
+
+
+@contextmanager
+def using(which: Literal["compiled", "reference"]) -> Iterator[None]:
+    """Switches the implementation inside a block: for tests and benchmarks, not for threads."""
+    if which == "compiled" and not _state.available:
+        raise RuntimeError(f"there are no compiled kernels: {_state.problem}")
+    before, _state.compiled = _state.compiled, which == "compiled"
+    try:
+        yield
+    finally:
+        _state.compiled = before
+
+
+def active() -> KernelInfo:
+    """What runs behind `flatkern.kernels` now.
+
+    Example:
+        >>> import flatkern.kernels as kernels
+        >>> kernels.active().kernels in ("compiled", "reference")
+        True
+    """
+    reason = ""
+    if not _state.compiled:
+        reason = _state.problem or "FLATKERN_KERNELS=reference"
+    isa = ""
+    if _state.compiled:
+        try:
+            from flatkern import _native
+
+            isa = str(_native.build_info()["isa"])
+        except ImportError:
+            isa = "unknown (the NumPy door was built for another Python)"
+    build = _state.build
+    return KernelInfo(
+        kernels="compiled" if _state.compiled else "reference",
+        requested=_state.requested,
+        reason=reason,
+        isa=isa,
+        cuda=bool(build.get("cuda")) and _state.available,
+        cuda_architectures=tuple(build.get("cuda_architectures", ())),
+        compiler=str(build.get("compiler", "")),
+        nvcc=str(build.get("nvcc", "")),
+        torch_at_build=str(build.get("torch", "")),
+        torch_now=torch.__version__,
+    )

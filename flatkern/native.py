@@ -1,0 +1,114 @@
+"""The kernels over NumPy arrays: no tensors, no copies, for other tools.
+
+The same code as `flatkern.kernels` runs here, forward only. Arrays of any shape and strides are read where they
+lie; `threads` asks for more than one thread, used only where each has some 100 µs of work. The interpreter lock
+is released meanwhile.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+try:
+    from flatkern import _native
+except ImportError as _error:
+    raise ImportError(
+        "flatkern.native needs the compiled kernels, which are not there for this Python "
+        f"({_error}); build them with `FLATKERN_BUILD=required pip install --no-build-isolation -e .`"
+    ) from _error
+
+Floats = NDArray[np.float32] | NDArray[np.float64]
+_MAX_DIMS = 10
+
+
+class GramStats(NamedTuple):
+    """What `gram_stats` returns, one entry a sample; see `flatkern.kernels.GramStats`."""
+
+    logdet: NDArray[np.float64]
+    trace: NDArray[np.float64]
+    frobenius_sq: NDArray[np.float64]
+    rank_deficient: NDArray[np.bool_]
+
+
+def spd_logdet(G: Floats, *, threads: int = 1) -> Floats:
+    """log det G of symmetric positive definite matrices, [..., c, c] → [...], in G's dtype.
+
+    Reads the lower triangle. -inf where a pivot is at or below c ε times its diagonal entry, NaN where the
+    triangle is not finite. c ≤ 128.
+
+    Raises:
+        TypeError: not an array of float32 or float64 in native byte order.
+        ValueError: not square, or c > 128.
+
+    Example:
+        >>> import numpy as np
+        >>> float(np.exp(spd_logdet(np.diag([1.0, 2.0, 3.0]))).round())
+        6.0
+    """
+    return cast(Floats, _native.spd_logdet(_array("spd_logdet", G, square=True), _threads(threads))[()])
+
+
+def gram(x: Floats, *, threads: int = 1) -> NDArray[np.float64]:
+    """The Gram matrix x xᵀ in float64: [..., c, d] → [..., c, c]; c ≤ 128.
+
+    Raises:
+        TypeError: not an array of float32 or float64 in native byte order.
+        ValueError: fewer than two dimensions, or c > 128.
+
+    Example:
+        >>> import numpy as np
+        >>> gram(np.array([[1.0, 2.0], [0.0, 1.0]])).tolist()
+        [[5.0, 2.0], [2.0, 1.0]]
+    """
+    return cast(NDArray[np.float64], _native.gram(_array("gram", x, square=False), _threads(threads)))
+
+
+def gram_stats(x: Floats, *, threads: int = 1) -> GramStats:
+    """log det(x xᵀ), tr(x xᵀ), ‖x xᵀ‖_F² and rank deficiency of every sample, [..., c, d] → [...]; c ≤ 128.
+
+    Accumulated in float64, with the thresholds of `flatkern.kernels.gram_stats`.
+
+    Raises:
+        TypeError: not an array of float32 or float64 in native byte order.
+        ValueError: fewer than two dimensions, or c > 128.
+
+    Example:
+        >>> import numpy as np
+        >>> gram_stats(np.array([[[2.0, 0.0], [0.0, 3.0]]])).trace.tolist()
+        [13.0]
+    """
+    return GramStats(*_native.gram_stats(_array("gram_stats", x, square=False), _threads(threads)))
+
+
+def build_info() -> dict[str, Any]:
+    """Instruction set chosen and available, compiler, flags, CUDA architectures."""
+    return dict(_native.build_info())
+
+
+def _array(name: str, x: Any, *, square: bool) -> NDArray[Any]:
+    if not isinstance(x, np.ndarray):
+        raise TypeError(f"{name}: expected a numpy.ndarray, got {type(x).__name__}")
+    if x.dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
+        raise TypeError(
+            f"{name}: dtype {x.dtype} is not supported; use float32 or float64 in native byte order"
+        )
+    if x.ndim < 2:
+        raise ValueError(f"{name}: expected at least two dimensions, got shape {x.shape}")
+    if square and x.shape[-1] != x.shape[-2]:
+        raise ValueError(f"{name}: expected square matrices [..., c, c], got shape {x.shape}")
+    limit = int(_native.build_info()["max_size"])
+    if x.shape[-2] > limit:
+        raise ValueError(f"{name}: c = {x.shape[-2]} is more than the {limit} rows that the kernels take")
+    odd = any(s % x.itemsize for s in x.strides)  # a field of a structured array, say
+    if odd or not x.flags.aligned or x.ndim > _MAX_DIMS:
+        x = np.ascontiguousarray(x)
+    return x
+
+
+def _threads(threads: int) -> int:
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+    return int(threads)
