@@ -1,10 +1,10 @@
 """Builds the compiled side with ninja; everything else about the package is in pyproject.toml.
 
-Two libraries come out of csrc/: `flatkern/_C.so` (operators for torch on its stable ABI: tied to no Python and
-to no single torch) and `flatkern/_native.<abi>.so` (the same kernels over NumPy arrays). torch is located, never
-imported. Environment:
+Two libraries come out of csrc/: `flatkern/_C.so` (operators for torch on its stable ABI: tied to no Python
+and to no single torch) and `flatkern/_native.<abi>.so` (the same kernels over NumPy arrays). torch is located,
+never imported. Environment:
 
-    FLATKERN_BUILD=auto|required|skip   auto (default): a failed build still installs, with the PyTorch reference
+    FLATKERN_BUILD=auto|required|skip   auto (default): a failed build still installs, the PyTorch reference runs
     FLATKERN_CUDA=auto|0|1              auto: where the installed torch has CUDA and nvcc is found
     TORCH_CUDA_ARCH_LIST                as torch's extensions read it; default "8.0 9.0+PTX"
     CXX, NVCC, MAX_JOBS                 the compilers, and how many at a time
@@ -136,10 +136,11 @@ class Plan:
             codes = " ".join(self.gencode())
             nvlink = f"{self.nvcc} -shared -cudart static -ccbin {self.cxx.split()[-1]} {dirs}"
             lines += [
-                "rule nvcc",
-                f"  command = {self.nvcc} -std=c++17 -O3 -ccbin {self.cxx.split()[-1]} -Xcompiler "
+                "rule nvcc",  # what ptxas says of registers and spills stays beside the object
+                f"  command = {self.nvcc} -Xptxas -v -std=c++17 -O3 -ccbin {self.cxx.split()[-1]} -Xcompiler "
                 f"-fPIC,-fvisibility=hidden --expt-relaxed-constexpr {codes} "
-                "--generate-dependencies-with-compile --dependency-output $out.d -c $in -o $out",
+                "--generate-dependencies-with-compile --dependency-output $out.d -c $in -o $out > $out.log 2>&1 || "
+                "(cat $out.log; exit 1)",
                 "  depfile = $out.d\n  deps = gcc\n  description = compile $in",
                 f"rule link_torch\n  command = {nvlink} -Xlinker --exclude-libs,ALL -o $out $in "
                 f"-L{self.torch / 'lib'} -Xlinker --no-as-needed -ltorch -ltorch_cpu",
@@ -186,7 +187,7 @@ class Plan:
             "reason": "",
             "cuda": self.nvcc is not None,
             "cuda_architectures": self.architectures,
-            "compiler": version_of(self.cxx.split() + ["--version"], 0),
+            "compiler": version_of([*self.cxx.split(), "--version"], 0),
             "nvcc": version_of([self.nvcc, "--version"], -2) if self.nvcc else "",
             "torch": torch_version(self.torch),
             "flags": self.flags,

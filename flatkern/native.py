@@ -1,8 +1,8 @@
 """The kernels over NumPy arrays: no tensors, no copies, for other tools.
 
-The same code as `flatkern.kernels` runs here, forward only. Arrays of any shape and strides are read where they
-lie; `threads` asks for more than one thread, used only where each has some 100 µs of work. The interpreter lock
-is released meanwhile.
+The same code as `flatkern.kernels` runs here, forward only. Arrays of any shape and strides are read where
+they lie; `threads` asks for more than one thread, used only where each has some 100 µs of work. The
+interpreter lock is released meanwhile.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 try:
-    from flatkern import _native
+    import flatkern._native as _native
 except ImportError as _error:
     raise ImportError(
         "flatkern.native needs the compiled kernels, which are not there for this Python "

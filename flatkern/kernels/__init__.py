@@ -1,9 +1,9 @@
 """Small batched kernels over torch tensors: log-determinants, Gram matrices and their statistics.
 
 Every operator is an ordinary differentiable function (`grad`, `jvp`, `vmap`, second order, `torch.compile`),
-and has two implementations with the same results: a pure-PyTorch reference and a compiled one (SIMD on the CPU,
-CUDA where it was built). `FLATKERN_KERNELS=auto|compiled|reference`, read at import, chooses; `active()` says
-what was chosen and why. `flatkern.native` offers the same over NumPy arrays.
+and has two implementations with the same results: a pure-PyTorch reference and a compiled one (SIMD on the
+CPU, CUDA where it was built). `FLATKERN_KERNELS=auto|compiled|reference`, read at import, chooses; `active()`
+says what was chosen and why. `flatkern.native` offers the same over NumPy arrays.
 """
 
 from ._gram import gram

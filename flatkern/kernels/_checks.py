@@ -23,7 +23,7 @@ def check_matrices(name: str, x: Tensor, *, square: bool) -> None:
 
 
 def few_dims(x: Tensor) -> Tensor:
-    """The tensor as the compiled kernels take it: a view of at most eight batch dimensions, else flattened."""
+    """The tensor as the compiled kernels take it: flattened where it has more than eight batch dimensions."""
     if x.dim() - 2 <= MAX_BATCH_DIMS:
         return x
     return x.reshape(-1, *x.shape[-2:])

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ._checks import check_matrices, few_dims
-from ._select import compiled_available, runs_compiled
+from ._registration import in_graph, register
+from ._select import runs_compiled
 
 
 def gram(x: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ class _Gram(torch.autograd.Function):
         return _raw(x)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor], _output: Tensor) -> None:
         ctx.save_for_backward(inputs[0])
         ctx.save_for_forward(inputs[0])
 
@@ -75,22 +76,18 @@ class _Gram(torch.autograd.Function):
         return half + half.mT
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, x: Tensor) -> tuple[Tensor, int]:
+    def vmap(_info: Any, in_dims: Any, x: Tensor) -> tuple[Tensor, int]:
         return _apply(x.movedim(in_dims[0], 0)), 0
 
 
-@torch.compiler.allow_in_graph
+@in_graph
 def _apply(x: Tensor) -> Tensor:
     value: Tensor = _Gram.apply(x)
     return value
 
 
-if compiled_available():
+def _fake(x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], x.shape[-2]), dtype=torch.float64)
 
-    @torch.library.register_fake("flatkern::gram")
-    def _fake(x: Tensor) -> Tensor:
-        return x.new_empty((*x.shape[:-1], x.shape[-2]), dtype=torch.float64)
 
-    @torch.library.register_vmap("flatkern::gram")
-    def _vmap(info: Any, in_dims: Any, x: Tensor) -> tuple[Tensor, int]:
-        return torch.ops.flatkern.gram(x.movedim(in_dims[0], 0)), 0
+register("gram", _fake)

@@ -11,7 +11,8 @@ from . import _gram
 from ._checks import check_matrices, few_dims
 from ._gram import gram
 from ._reference import logdet, on_finite
-from ._select import compiled_available, runs_compiled
+from ._registration import in_graph, register
+from ._select import runs_compiled
 from ._spd_inverse import spd_inverse
 
 
@@ -33,11 +34,11 @@ def gram_stats(x: Tensor) -> GramStats:
 
     The Gram matrix G = x xᵀ is not kept. A pivot of G = L D Lᵀ at or below max(max(c, d) ε₆₄, c ε²) times its
     diagonal entry (ε of x's dtype) is below the numerical rank: `logdet` is -inf and `rank_deficient` set,
-    without an exception or a synchronization with a GPU; c > d is deficient by construction. In float64 that is
-    a condition number of x of about 10⁷, in float32 of about 10⁶. NaN or infinities in a sample give NaN.
+    without an exception or a synchronization with a GPU; c > d is deficient by construction. In float64 that
+    is a condition number of x of about 10⁷, in float32 of about 10⁶. NaN or infinities in a sample give NaN.
 
-    The derivative is ∂x = 2 (g_tr I + 2 g_F G + g_ld G⁻¹) x. Where `logdet` is not finite its own part is NaN,
-    or zero for a sample whose incoming gradient is zero, so that masked samples do no harm.
+    The derivative is ∂x = 2 (g_tr I + 2 g_F G + g_ld G⁻¹) x. Where `logdet` is not finite its own part is
+    NaN, or zero for a sample whose incoming gradient is zero, so that masked samples do no harm.
 
     Args:
         x: [n, c, d] (or any batch shape [..., c, d]), float32 or float64, any strides. c = 0 gives logdet 0;
@@ -122,23 +123,19 @@ class _GramStats(torch.autograd.Function):
         return log_change, 2 * (wide * T).sum((-2, -1)), 4 * (G @ wide * T).sum((-2, -1)), None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, x: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    def vmap(_info: Any, in_dims: Any, x: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         return _apply(x.movedim(in_dims[0], 0)), (0, 0, 0, 0)
 
 
-@torch.compiler.allow_in_graph
+@in_graph
 def _apply(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     value: tuple[Tensor, Tensor, Tensor, Tensor] = _GramStats.apply(x)
     return value
 
 
-if compiled_available():
+def _fake(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wide = [x.new_empty(x.shape[:-2], dtype=torch.float64) for _ in range(3)]
+    return wide[0], wide[1], wide[2], x.new_empty(x.shape[:-2], dtype=torch.bool)
 
-    @torch.library.register_fake("flatkern::gram_stats")
-    def _fake(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        wide = [x.new_empty(x.shape[:-2], dtype=torch.float64) for _ in range(3)]
-        return wide[0], wide[1], wide[2], x.new_empty(x.shape[:-2], dtype=torch.bool)
 
-    @torch.library.register_vmap("flatkern::gram_stats")
-    def _vmap(info: Any, in_dims: Any, x: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        return torch.ops.flatkern.gram_stats(x.movedim(in_dims[0], 0)), (0, 0, 0, 0)
+register("gram_stats", _fake, outputs=4)

@@ -9,8 +9,8 @@ from torch import Tensor
 def cholesky(G: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
     """The Cholesky factor in float64 and which samples are numerically positive definite.
 
-    A pivot at or below `tolerance` times its diagonal entry, or below the normal range of G's dtype, is no good,
-    nor is a matrix with NaN or infinities in its lower triangle; the factor of such a sample is the identity.
+    A pivot at or below `tolerance` times its diagonal entry, or below the normal range of G's dtype, is no
+    good, nor is a matrix with NaN or infinities in its lower triangle; the factor is then the identity.
     """
     lower = G.double().tril()
     diagonal = lower.diagonal(dim1=-2, dim2=-1)
@@ -34,8 +34,8 @@ def logdet(G: Tensor, tolerance: float) -> Tensor:
 def on_finite(weight: Tensor, logdet: Tensor) -> Tensor:
     """The weight of a log-determinant's derivative: as given where the log-determinant is finite.
 
-    Elsewhere there is no derivative: NaN, except where the weight is zero (the caller masked the sample) and the
-    contribution is zero whatever the derivative.
+    Elsewhere there is no derivative: NaN, except where the weight is zero (the caller masked the sample) and
+    the contribution is zero whatever the derivative.
     """
     nothing = torch.where(weight == 0, 0.0, torch.nan).to(weight.dtype)
     return torch.where(logdet.isfinite(), weight, nothing)

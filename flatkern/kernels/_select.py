@@ -137,7 +137,7 @@ def active() -> KernelInfo:
     isa = ""
     if _state.compiled:
         try:
-            from flatkern import _native
+            import flatkern._native as _native
 
             isa = str(_native.build_info()["isa"])
         except ImportError:

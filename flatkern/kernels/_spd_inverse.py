@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ._checks import few_dims
 from ._reference import cholesky
-from ._select import compiled_available, runs_compiled
+from ._registration import in_graph, register
+from ._select import runs_compiled
 
 
 def reference(G: Tensor) -> Tensor:
@@ -40,7 +41,7 @@ class _SpdInverse(torch.autograd.Function):
         return _raw(G)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, _inputs: tuple[Tensor], output: Tensor) -> None:
         ctx.save_for_backward(output)
         ctx.save_for_forward(output)
 
@@ -55,23 +56,19 @@ class _SpdInverse(torch.autograd.Function):
         return -(inverse @ _symmetric(tangents[0]) @ inverse)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, G: Tensor) -> tuple[Tensor, int]:
+    def vmap(_info: Any, in_dims: Any, G: Tensor) -> tuple[Tensor, int]:
         return spd_inverse(G.movedim(in_dims[0], 0)), 0
 
 
-@torch.compiler.allow_in_graph
+@in_graph
 def spd_inverse(G: Tensor) -> Tensor:
     """G⁻¹ from the lower triangle; [..., c, c] → [..., c, c]; derivatives are those of ((G + Gᵀ) / 2)⁻¹."""
     result: Tensor = _SpdInverse.apply(G)
     return result
 
 
-if compiled_available():
+def _fake(g: Tensor) -> Tensor:
+    return torch.empty_like(g, memory_format=torch.contiguous_format)
 
-    @torch.library.register_fake("flatkern::spd_inverse")
-    def _fake(g: Tensor) -> Tensor:
-        return torch.empty_like(g, memory_format=torch.contiguous_format)
 
-    @torch.library.register_vmap("flatkern::spd_inverse")
-    def _vmap(info: Any, in_dims: Any, g: Tensor) -> tuple[Tensor, int]:
-        return torch.ops.flatkern.spd_inverse(g.movedim(in_dims[0], 0)), 0
+register("spd_inverse", _fake)

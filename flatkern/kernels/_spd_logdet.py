@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ._checks import check_matrices, few_dims
 from ._reference import logdet, on_finite
-from ._select import compiled_available, runs_compiled
+from ._registration import in_graph, register
+from ._select import runs_compiled
 from ._spd_inverse import spd_inverse
 
 
@@ -27,8 +28,8 @@ def spd_logdet(G: Tensor) -> Tensor:
     Returns:
         [...], in G's dtype.
 
-    Cost: c³/6 multiply-adds a sample, sixteen (float32, AVX-512) at a time; above c = 128 `torch.linalg.cholesky_ex`.
-        The derivative costs c³/2 more.
+    Cost: c³/6 multiply-adds a sample, sixteen samples (float32, AVX-512) at a time; above c = 128
+        `torch.linalg.cholesky_ex`. The derivative costs c³/2 more.
 
     Raises:
         TypeError: another dtype or layout.
@@ -78,22 +79,18 @@ class _SpdLogdet(torch.autograd.Function):
         return torch.where(value.isfinite(), change, on_finite(T.abs().sum((-2, -1)), value))
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, G: Tensor) -> tuple[Tensor, int]:
+    def vmap(_info: Any, in_dims: Any, G: Tensor) -> tuple[Tensor, int]:
         return _apply(G.movedim(in_dims[0], 0)), 0
 
 
-@torch.compiler.allow_in_graph
+@in_graph
 def _apply(G: Tensor) -> Tensor:
     value: Tensor = _SpdLogdet.apply(G)
     return value
 
 
-if compiled_available():
+def _fake(g: Tensor) -> Tensor:
+    return g.new_empty(g.shape[:-2])
 
-    @torch.library.register_fake("flatkern::spd_logdet")
-    def _fake(g: Tensor) -> Tensor:
-        return g.new_empty(g.shape[:-2])
 
-    @torch.library.register_vmap("flatkern::spd_logdet")
-    def _vmap(info: Any, in_dims: Any, g: Tensor) -> tuple[Tensor, int]:
-        return torch.ops.flatkern.spd_logdet(g.movedim(in_dims[0], 0)), 0
+register("spd_logdet", _fake)

@@ -1,0 +1,99 @@
+// Tests of what the CPU and the GPU share (csrc/common), without any framework: 0 on success.
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <vector>
+
+#include "common/matrices.h"
+#include "common/spd_math.h"
+
+namespace {
+
+int failures = 0;
+
+void expect(bool condition, const char* what, int line) {
+  if (condition) return;
+  std::printf("FAILED line %d: %s\n", line, what);
+  ++failures;
+}
+
+#define EXPECT(condition) expect((condition), #condition, __LINE__)
+
+void packed_rows_are_dense() {
+  std::int64_t next = 0;
+  for (std::int64_t i = 0; i < 129; ++i) {
+    for (std::int64_t j = 0; j <= i; ++j) EXPECT(flatkern::packed(i, j) == next++);
+  }
+  EXPECT(flatkern::packed(3'000'000'000, 0) > 0);  // no overflow of 32 bits
+}
+
+// The offset of every sample against nested loops, for shapes with expanded and negative strides.
+void offsets_match_nested_loops() {
+  const std::vector<std::vector<std::int64_t>> sizes = {{5}, {2, 3}, {4, 1, 3}, {2, 3, 4}, {1}, {}};
+  const std::vector<std::vector<std::int64_t>> strides = {{7}, {100, 6}, {0, 9, 5}, {-40, 0, 3}, {12}, {}};
+  for (std::size_t t = 0; t < sizes.size(); ++t) {
+    flatkern::Batch batch;
+    for (std::size_t k = 0; k < sizes[t].size(); ++k) EXPECT(batch.push(sizes[t][k], strides[t][k]));
+    std::int64_t n = 1;
+    for (std::int64_t s : sizes[t]) n *= s;
+    EXPECT(batch.count() == n);
+    for (std::int64_t i = 0; i < n; ++i) {
+      std::int64_t rest = i, offset = 0;
+      for (std::size_t k = sizes[t].size(); k-- > 0;) {
+        offset += rest % sizes[t][k] * strides[t][k];
+        rest /= sizes[t][k];
+      }
+      EXPECT(batch.offset(i) == offset);
+    }
+  }
+}
+
+void contiguous_dimensions_merge() {
+  flatkern::Batch batch;
+  EXPECT(batch.push(4, 60) && batch.push(3, 20) && batch.push(1, 999) && batch.push(2, 10));
+  EXPECT(batch.dims == 1 && batch.count() == 24 && batch.offset(23) == 230);
+  flatkern::Batch wide;
+  for (int k = 0; k < flatkern::kMaxBatchDims; ++k) EXPECT(wide.push(2, 1000 + 7 * k));
+  EXPECT(!wide.push(2, 3));
+  flatkern::Batch empty;
+  EXPECT(empty.push(3, 4) && empty.push(0, 4) && empty.count() == 0);
+}
+
+template <typename T>
+void pivots() {
+  const T nan = std::numeric_limits<T>::quiet_NaN(), inf = std::numeric_limits<T>::infinity();
+  const T tolerance = flatkern::spd_tolerance<T>(10);
+  EXPECT(tolerance == 10 * std::numeric_limits<T>::epsilon());
+  EXPECT(flatkern::good_pivot(T(1), T(1), tolerance));
+  EXPECT(!flatkern::good_pivot(T(0), T(1), tolerance));
+  EXPECT(!flatkern::good_pivot(T(-1), T(1), tolerance));
+  EXPECT(!flatkern::good_pivot(tolerance, T(1), tolerance));
+  EXPECT(flatkern::good_pivot(T(2) * tolerance, T(1), tolerance));
+  EXPECT(!flatkern::good_pivot(nan, T(1), tolerance));
+  EXPECT(!flatkern::good_pivot(std::numeric_limits<T>::denorm_min(), T(0), tolerance));
+  EXPECT(flatkern::is_finite(T(3)) && !flatkern::is_finite(nan) && !flatkern::is_finite(inf) &&
+         !flatkern::is_finite(-inf));
+  EXPECT(flatkern::Limits<T>::eps == std::numeric_limits<T>::epsilon());
+  EXPECT(flatkern::Limits<T>::min_normal == std::numeric_limits<T>::min());
+}
+
+void gram_tolerances() {
+  EXPECT(flatkern::gram_tolerance<double>(10, 64) == 64 * std::numeric_limits<double>::epsilon());
+  EXPECT(flatkern::gram_tolerance<double>(10, 4) == 10 * std::numeric_limits<double>::epsilon());
+  const double input = std::pow(static_cast<double>(std::numeric_limits<float>::epsilon()), 2);
+  EXPECT(flatkern::gram_tolerance<float>(10, 64) == 10 * input);
+  EXPECT(flatkern::gram_tolerance<float>(1, 10000) == 10000 * std::numeric_limits<double>::epsilon());
+}
+
+}  // namespace
+
+int main() {
+  packed_rows_are_dense();
+  offsets_match_nested_loops();
+  contiguous_dimensions_merge();
+  pivots<float>();
+  pivots<double>();
+  gram_tolerances();
+  if (failures == 0) std::printf("shared mathematics: all tests passed\n");
+  return failures == 0 ? 0 : 1;
+}

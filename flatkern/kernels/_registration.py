@@ -1,0 +1,38 @@
+"""What every operator registers besides its derivative: shapes for tracing, batching, the graph entry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from ._select import compiled_available
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def in_graph(function: F) -> F:
+    """Lets `torch.compile` put the call of an `autograd.Function` into its graph as it is.
+
+    The derivatives belong to such functions because `torch.library.register_autograd` breaks the reverse-mode
+    transforms and gives silently zero forward-mode tangents.
+    """
+    return cast(F, torch.compiler.allow_in_graph(function))
+
+
+def register(name: str, fake: Callable[[Tensor], Any], outputs: int = 1) -> None:
+    """Shapes and batching of the compiled operator `flatkern::name`, which takes one tensor of matrices.
+
+    Batch dimensions lead everywhere, so the batching rule only moves the new one to the front.
+    """
+    if not compiled_available():
+        return
+
+    def batched(_info: Any, in_dims: tuple[int], x: Tensor) -> tuple[Any, Any]:
+        result = getattr(torch.ops.flatkern, name)(x.movedim(in_dims[0], 0))
+        return result, 0 if outputs == 1 else (0,) * outputs
+
+    torch.library.register_fake(f"flatkern::{name}", fake)
+    torch.library.register_vmap(f"flatkern::{name}", batched)
