@@ -62,7 +62,9 @@ def lockstep_lanczos(
             basis[:, j] = current
         image = (op @ current.mT).mT
         alpha = (current * image).sum(1)
-        off = torch.maximum(off, ((previous * image).sum(1) - beta).abs())
+        # a residual of rounding size has no direction of its own, so a test on it would say nothing
+        told = beta > eps**0.5 * scale
+        off = torch.maximum(off, torch.where(told, ((previous * image).sum(1) - beta).abs(), 0.0))
         alphas.append(alpha)
         residual = image - alpha[:, None] * current - beta[:, None] * previous
         if basis is not None:

@@ -13,6 +13,10 @@ from flatkern.results import Estimate, standard_error
 
 __all__ = ["SpectralCurve", "SpectralDensity", "merge_close"]
 
+_NEGLIGIBLE = 1e-6
+"""Eigenvalues that a node has to stand for to be shown: without re-orthogonalization, rounding adds nodes of
+weight 1e-14 and less beside converged ones, too far from them to be merged."""
+
 
 @dataclass(frozen=True)
 class SpectralCurve:
@@ -68,12 +72,12 @@ class SpectralDensity:
         """Nodes of all probes as one ascending list with weights that sum to 1, coinciding ones merged; for
         stems.
 
-        A node of weight w stands for about w · ``size`` eigenvalues.
+        A node of weight w stands for about w · ``size`` eigenvalues; those of less than 1e-6 are left out.
         """
         nodes, order = self.nodes.reshape(-1).sort()
         weights = (self.weights / len(self.weights)).reshape(-1)[order]
         nodes, weights = merge_close(nodes[None], weights[None], self.resolution)
-        kept = weights[0] > 0
+        kept = weights[0] * self.size > _NEGLIGIBLE
         return nodes[0][kept], weights[0][kept]
 
     def density(self, grid: Any = None, sigma: float | None = None) -> SpectralCurve:

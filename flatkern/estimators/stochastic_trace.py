@@ -141,7 +141,7 @@ def trace(
         seconds=time.perf_counter() - start,
         converged=met and wanted <= left,
         samples=values,
-        notes=_notes(wanted, left, met),
+        notes=_notes(wanted, left, met, planned=samples is not None or pilot > 0),
     )
 
 
@@ -178,7 +178,9 @@ def _exact(op: Any, operator: LinearOperator, spent: int, start: float, bar: tqd
     )
 
 
-def _notes(wanted: int, left: int, met: bool) -> tuple[str, ...]:
+def _notes(wanted: int, left: int, met: bool, *, planned: bool) -> tuple[str, ...]:
+    if not met and not planned:
+        return (f"max_matvecs left {left} probes, too few for a pilot and an estimate",)
     if wanted > left:
         plan = (
             f"{wanted} probes were planned"
