@@ -77,9 +77,13 @@ def resolve_loss(loss_fn: object, reduction: Reduction | None = None) -> Loss:
             return _cross_entropy(loss_fn, kind)
         return _mse(kind) if isinstance(loss_fn, nn.MSELoss) else _bce_with_logits(loss_fn, kind)
     if not callable(loss_fn):
-        raise TypeError(f"loss_fn: expected a callable (output, target) -> scalar, got {type(loss_fn).__name__}")
+        raise TypeError(
+            f"loss_fn: expected a callable (output, target) -> scalar, got {type(loss_fn).__name__}"
+        )
     if reduction not in ("mean", "sum"):
-        raise ValueError("reduction: say 'mean' or 'sum' for a loss_fn that is not one of torch's loss modules")
+        raise ValueError(
+            "reduction: say 'mean' or 'sum' for a loss_fn that is not one of torch's loss modules"
+        )
     return _from_callable(loss_fn, reduction)
 
 
@@ -91,7 +95,12 @@ def _from_callable(loss_fn: Callable[..., Tensor], reduction: Reduction) -> Loss
         return value.reshape(()) * (len(output) if reduction == "mean" else 1)
 
     name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
-    return Loss(name, reduction, numerator, lambda output, _: output.new_tensor(float(len(output)), dtype=torch.float64))
+    return Loss(
+        name,
+        reduction,
+        numerator,
+        lambda output, _: output.new_tensor(float(len(output)), dtype=torch.float64),
+    )
 
 
 def _numel(output: Tensor, _: Tensor) -> Tensor:
@@ -101,7 +110,9 @@ def _numel(output: Tensor, _: Tensor) -> Tensor:
 def _same_shape(output: Tensor, target: Tensor) -> None:
     # torch broadcasts with a mere warning, which turns [n, 1] against [n] into n² residuals
     if output.shape != target.shape:
-        raise ValueError(f"target: shape {tuple(target.shape)} differs from the output's {tuple(output.shape)}")
+        raise ValueError(
+            f"target: shape {tuple(target.shape)} differs from the output's {tuple(output.shape)}"
+        )
 
 
 def _mse(reduction: Reduction) -> Loss:

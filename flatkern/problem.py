@@ -9,14 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 __all__ = [
     "DEFAULT_MAX_MEMORY",
     "Batches",
     "Layout",
+    "call_with",
     "check_input",
     "check_model",
     "check_output",
+    "differentiation",
+    "model_device",
     "preserve_state",
     "select_parameters",
 ]
@@ -45,7 +49,9 @@ def select_parameters(model: nn.Module, params: ParameterSelection = None) -> di
     if params is None:
         chosen = {name: p for name, p in named.items() if p.requires_grad}
         if not chosen:
-            raise ValueError("model: it has no parameter with requires_grad=True, so there is nothing to differentiate")
+            raise ValueError(
+                "model: it has no parameter with requires_grad=True, so there is nothing to differentiate"
+            )
         return chosen
     patterns = [params] if isinstance(params, str) else list(params)
     aliases = dict(model.named_parameters(remove_duplicate=False))
@@ -61,7 +67,9 @@ def select_parameters(model: nn.Module, params: ParameterSelection = None) -> di
             if aliases[hit].requires_grad:
                 chosen[by_identity[id(aliases[hit])]] = aliases[hit]
             elif hit == pattern:
-                raise ValueError(f"params: {hit!r} is frozen (requires_grad=False); unfreeze it or leave it out")
+                raise ValueError(
+                    f"params: {hit!r} is frozen (requires_grad=False); unfreeze it or leave it out"
+                )
     if not chosen:
         raise ValueError(f"params: {params!r} selects only frozen parameters")
     return {name: p for name, p in named.items() if name in chosen}
@@ -90,7 +98,9 @@ class Layout:
             raise ValueError(f"tensors: expected {len(self.names)}, one a parameter, got {len(parts)}")
         for name, part in zip(self.names, parts, strict=True):
             if part.shape != self.shapes[name]:
-                raise ValueError(f"tensors: {name!r} has shape {tuple(part.shape)}, not {tuple(self.shapes[name])}")
+                raise ValueError(
+                    f"tensors: {name!r} has shape {tuple(part.shape)}, not {tuple(self.shapes[name])}"
+                )
         return torch.cat([part.reshape(-1) for part in parts])
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
@@ -98,7 +108,9 @@ class Layout:
         if vector.ndim not in (1, 2) or vector.shape[-1] != self.size:
             raise ValueError(f"vector: expected [{self.size}] or [k, {self.size}], got {tuple(vector.shape)}")
         lead = vector.shape[:-1]
-        return {name: vector[..., self.slices[name]].reshape(*lead, *self.shapes[name]) for name in self.names}
+        return {
+            name: vector[..., self.slices[name]].reshape(*lead, *self.shapes[name]) for name in self.names
+        }
 
 
 class Batches:
@@ -113,7 +125,9 @@ class Batches:
         if _is_pair(data):
             self._source = [data]
         elif isinstance(data, Tensor) or not hasattr(data, "__iter__"):
-            raise TypeError(f"data: expected a pair (x, y) or an iterable of pairs, got {type(data).__name__}")
+            raise TypeError(
+                f"data: expected a pair (x, y) or an iterable of pairs, got {type(data).__name__}"
+            )
         elif hasattr(data, "__next__"):
             raise TypeError("data: a one-shot iterator can be read only once; pass a list or a DataLoader")
         else:
@@ -145,6 +159,23 @@ def _describe(item: Any) -> str:
     return type(item).__name__
 
 
+def call_with(model: nn.Module, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """The model's output with some parameters replaced, named as by :func:`select_parameters`.
+
+    A tensor tied into several modules is replaced in all of them. ``functional_call``'s own tying is not used: with one
+    module registered under two names it leaves the replacement in the user's model.
+    """
+    named = dict(model.named_parameters())
+    wanted = {id(named[name]): value for name, value in tensors.items()}
+    places = {
+        f"{prefix}.{local}" if prefix else local: wanted[id(p)]
+        for prefix, module in model.named_modules()  # each module once
+        for local, p in module.named_parameters(recurse=False)
+        if id(p) in wanted
+    }
+    return functional_call(model, places, (x,), tie_weights=False)
+
+
 def model_device(model: nn.Module) -> torch.device:
     """The device of the model's first parameter or buffer; the CPU for a model without any."""
     for tensor in [*model.parameters(), *model.buffers()]:
@@ -161,6 +192,11 @@ def check_model(model: nn.Module) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    for name, p in model.named_parameters():
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            raise ValueError(
+                f"model: lazy parameter {name!r} has no shape yet; call the model once on a batch first"
+            )
     for name, module in model.named_modules():
         if not module.training:
             continue
@@ -170,7 +206,9 @@ def check_model(model: nn.Module) -> None:
                 "call model.eval() first"
             )
         if isinstance(module, _DROPOUT) and module.p > 0:
-            raise ValueError(f"model: dropout {name!r} is in train mode, so outputs are random; call model.eval() first")
+            raise ValueError(
+                f"model: dropout {name!r} is in train mode, so outputs are random; call model.eval() first"
+            )
 
 
 def check_input(x: Tensor, *, differentiable: bool, name: str = "x") -> None:
@@ -193,15 +231,26 @@ def check_output(model: nn.Module, output: Any, n: int) -> Tensor:
     if not isinstance(output, Tensor):
         raise TypeError(f"model: its output must be one tensor, got {type(output).__name__}; wrap the model")
     if output.ndim == 0 or output.shape[0] != n:
-        raise ValueError(f"model: output shape {tuple(output.shape)} does not start with the number of samples, {n}")
+        raise ValueError(
+            f"model: output shape {tuple(output.shape)} does not start with the number of samples, {n}"
+        )
     if not output.is_floating_point():
         raise TypeError(f"model: output dtype {output.dtype} is not a real floating-point type")
     if not bool(torch.isfinite(output).all()):
         for name, p in model.named_parameters():
             if not bool(torch.isfinite(p).all()):
                 raise ValueError(f"model: parameter {name!r} holds NaN or Inf")
-        raise ValueError("model: its output holds NaN or Inf on this input although all parameters are finite (overflow?)")
+        raise ValueError(
+            "model: its output holds NaN or Inf on this input although all parameters are finite (overflow?)"
+        )
     return output
+
+
+@contextmanager
+def differentiation() -> Iterator[None]:
+    """Gradients on, whatever mode the caller is in (``no_grad``, ``inference_mode``); their mode is restored."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 @contextmanager

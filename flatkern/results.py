@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 __all__ = ["Estimate", "PerSample"]
@@ -49,32 +48,38 @@ class Estimate:
 class PerSample:
     """One number a sample, [n] (float64), with the mean over samples.
 
-    ``rank_deficient`` counts the samples whose value is degenerate (a log-volume of −inf); they are kept in
-    ``values`` and left out of ``mean`` and ``sample_stderr``, which speak of the other samples only.
+    Samples for which the quantity degenerates (a rank-deficient Jacobian has the log-volume −inf) are marked in
+    ``degenerate``; they stay in ``values`` and are left out of ``mean`` and ``sample_stderr``.
     """
 
     values: Tensor
-    rank_deficient: int = 0
+    degenerate: Tensor | None = field(default=None, repr=False)
+    """bool [n]; ``None``: no sample is."""
     method: str = "exact"
     stderr: float = 0.0
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
 
     @property
-    def finite(self) -> Tensor:
+    def rank_deficient(self) -> int:
+        """How many samples are degenerate."""
+        return 0 if self.degenerate is None else int(self.degenerate.sum())
+
+    @property
+    def regular(self) -> Tensor:
         """The values of the non-degenerate samples."""
-        return self.values[torch.isfinite(self.values)]
+        return self.values if self.degenerate is None else self.values[~self.degenerate]
 
     @property
     def mean(self) -> float:
-        """Mean over the non-degenerate samples; −inf where there is none."""
-        kept = self.finite
-        return float(kept.mean()) if len(kept) else -float("inf")
+        """Mean over the non-degenerate samples; that of all (e.g. −inf) where there is none."""
+        kept = self.regular if len(self.regular) else self.values
+        return float(kept.mean())
 
     @property
     def sample_stderr(self) -> float | None:
         """Standard error of ``mean`` over the samples: sd/√n; ``None`` with fewer than two samples."""
-        return standard_error(self.finite)
+        return standard_error(self.regular)
 
     def __len__(self) -> int:
         return len(self.values)

@@ -1,0 +1,1 @@
+"""Benchmarks, and the direct loop they measure against."""

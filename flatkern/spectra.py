@@ -1,0 +1,116 @@
+"""Singular values of many small Jacobians through their Gram matrices, and what follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flatkern import kernels
+from flatkern.results import PerSample
+
+__all__ = ["Spectrum", "rank_tolerance", "squared_singular_values"]
+
+_GRAM_FLOOR = 1e-10
+"""Below this ratio of eigenvalues a float64 Gram matrix has lost more than six digits of a smallest singular value."""
+
+
+def rank_tolerance(outputs: int, dtype: torch.dtype) -> float:
+    """σ_min/σ_max at and below which a Jacobian computed in ``dtype`` counts as rank deficient: 8 √N eps.
+
+    Rounding in the backward pass leaves singular values of about eps·σ_max where exact ones would be 0 (a softmax
+    output, say); their logarithms would mean nothing.
+    """
+    return 8 * outputs**0.5 * torch.finfo(dtype).eps
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Singular values of n Jacobians [N, M]."""
+
+    singular_values: Tensor
+    """float64 [n, r], descending; r = min(N, M), or 1 where only the largest was asked for."""
+    energy: Tensor
+    """Σ σ², float64 [n]."""
+    quartic: Tensor
+    """Σ σ⁴, float64 [n]."""
+    outputs: int
+    inputs: int
+    tolerance: float
+
+    @staticmethod
+    def concatenate(parts: Sequence[Spectrum], rank: int) -> Spectrum:
+        """The spectra of consecutive chunks as one; ``rank`` singular values a sample are kept."""
+        first = parts[0]
+        return Spectrum(
+            torch.cat([p.singular_values for p in parts])[:, :rank],
+            torch.cat([p.energy for p in parts]),
+            torch.cat([p.quartic for p in parts]),
+            first.outputs,
+            first.inputs,
+            first.tolerance,
+        )
+
+    @property
+    def top(self) -> Tensor:
+        """σ_max, [n]."""
+        return self.singular_values[:, 0]
+
+    def log_volume(self, rank: int | None) -> PerSample:
+        """Σ_{j ≤ rank} log σ_j, [n]; with ``None`` all N, which is ½ log det J Jᵀ.
+
+        −inf (and marked) for a sample whose ``rank``-th singular value is numerically zero, and for all where N > M
+        and all N are asked for.
+
+        Raises:
+            ValueError: ``rank`` not in 1 … min(N, M).
+        """
+        n, available = self.singular_values.shape
+        if rank is not None and (not isinstance(rank, int) or not 1 <= rank <= available):
+            raise ValueError(f"rank: must be an integer from 1 to min(N, M) = {available}, got {rank!r}")
+        if rank is None and self.outputs > self.inputs:
+            everything = torch.ones(n, dtype=torch.bool, device=self.energy.device)
+            return PerSample(torch.full_like(self.energy, -float("inf")), everything)
+        kept = self.singular_values[:, : rank or available]
+        deficient = kept[:, -1] <= self.tolerance * self.top
+        values = kept.clamp_min(torch.finfo(torch.float64).tiny).log().sum(1)
+        return PerSample(torch.where(deficient, -float("inf"), values), deficient)
+
+    def participation_ratio(self) -> PerSample:
+        """(Σ σ²)²/Σ σ⁴, [n], in [1, N]; 0 (and marked) for a Jacobian that is zero."""
+        zero = self.quartic <= 0
+        return PerSample(
+            torch.where(zero, 0.0, self.energy.square() / torch.where(zero, 1.0, self.quartic)), zero
+        )
+
+
+def squared_singular_values(rows: Tensor, *, only_top: bool = False) -> Spectrum:
+    """The spectrum of Jacobians given as rows [n, N, M].
+
+    By eigenvalues of the smaller Gram matrix with float64 accumulation; samples whose smallest eigenvalue has lost its
+    digits in it are decomposed directly. ``only_top`` takes σ_max alone, whose Gram needs no more than ``rows``' own
+    precision.
+    """
+    _n, outputs, inputs = rows.shape
+    if rows.dtype not in (torch.float32, torch.float64):
+        rows = rows.float()
+    side = rows if outputs <= inputs else rows.mT
+    gram = (
+        (side @ side.mT).double()
+        if only_top
+        else kernels.gram(side.contiguous() if side is not rows else rows)
+    )
+    eigenvalues = torch.linalg.eigvalsh(gram).clamp_min(0).flip(-1)
+    energy = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    quartic = gram.square().sum((-2, -1))
+    if only_top:
+        values = eigenvalues[:, :1].sqrt()
+    else:
+        values = eigenvalues.sqrt()
+        lost = (eigenvalues[:, -1] < _GRAM_FLOOR * eigenvalues[:, 0]) & (eigenvalues[:, 0] > 0)
+        if bool(lost.any()):
+            values = values.clone()
+            values[lost] = torch.linalg.svdvals(side[lost].double())
+    return Spectrum(values, energy, quartic, outputs, inputs, rank_tolerance(outputs, rows.dtype))

@@ -1,0 +1,85 @@
+"""Per-sample squared norms of parameter gradients for K cotangents a sample, from one linearization."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from flatkern.linearize import Linearization, pull_back
+from flatkern.per_sample import per_sample_squared_norms
+
+__all__ = ["SquaredNorms", "layer_of", "parameter_squared_norms", "with_rows"]
+
+
+@dataclass(frozen=True)
+class SquaredNorms:
+    """Σ_k ‖∂(s_k·f_i)/∂p‖² by parameter, float64 [n] each, and the rows asked for beside them."""
+
+    by_parameter: dict[str, Tensor]
+    rows: tuple[Tensor | None, ...]
+    """For every extra edge: the cotangents as rows [n, K, features]; ``None`` where the output ignores it."""
+    notes: tuple[str, ...]
+
+    @property
+    def total(self) -> Tensor:
+        """The sum over parameters, [n]."""
+        return torch.stack(list(self.by_parameter.values())).sum(0)
+
+
+def with_rows(rows: Tensor | None, cotangent: Tensor, block: slice, total: int) -> Tensor:
+    """Cotangents [k, n, ...] put into the rows [n, K, features] of each sample; a view where they are all there is."""
+    flat = cotangent.flatten(2).transpose(0, 1)
+    if flat.shape[1] == total:
+        return flat
+    if rows is None:
+        rows = flat.new_empty(flat.shape[0], total, flat.shape[2])
+    rows[:, block] = flat
+    return rows
+
+
+def layer_of(parameter: str) -> str:
+    """The module a parameter belongs to: ``"net.0.weight"`` → ``"net.0"`` (the model's own: ``""``)."""
+    return parameter.rpartition(".")[0]
+
+
+def parameter_squared_norms(
+    model: nn.Module,
+    lin: Linearization,
+    roots: Tensor,
+    parameters: Mapping[str, Tensor],
+    extra: Sequence[GradientEdge] = (),
+) -> SquaredNorms:
+    """Pull ``roots`` [K, n, *output] back once and collect ghost norms, rows and the exact fall-back.
+
+    Every parameter of ``parameters`` is in the result: by a layer rule, by the fall-back, or as zeros because the
+    output does not depend on it.
+    """
+    n, device = lin.n, lin.output.device
+    norms = {name: torch.zeros(n, dtype=torch.float64, device=device) for name in parameters}
+    covered = lin.coverage.by_call
+    edges = [call.output_edge for call, _ in covered if call.output_edge is not None]
+    rows: list[Tensor | None] = [None] * len(extra)
+    if lin.output.grad_fn is not None and (edges or extra):
+        for block, found in pull_back(lin, roots, [*edges, *extra]):
+            for (call, names), cotangent in zip(covered, found, strict=False):
+                if cotangent is None:
+                    continue
+                squares = call.rule.squared_norms(
+                    call.module, call.checked_inputs(), cotangent, tuple(names), lin.max_memory
+                )
+                for local, name in names.items():
+                    norms[name] += squares[local]
+            for index, cotangent in enumerate(found[len(edges) :]):
+                if cotangent is not None:
+                    rows[index] = with_rows(rows[index], cotangent, block, len(roots))
+    notes: tuple[str, ...] = ()
+    if lin.coverage.uncovered:
+        left = {name: parameters[name] for name in lin.coverage.uncovered}
+        squares, how = per_sample_squared_norms(model, lin.x, roots, left, lin.max_memory)
+        norms.update(squares)
+        notes = (f"per-sample gradients formed ({how}) for {', '.join(left)}",)
+    return SquaredNorms(norms, tuple(rows), notes)

@@ -1,0 +1,237 @@
+"""Nothing of the user's is changed, on success or on errors; bad input gets an error that says what to do."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import flatkern as fk
+from flatkern.capture import record_calls
+from flatkern.problem import Batches, Layout, call_with, select_parameters
+from tests.core.networks import NAMES, networks
+
+QUANTITIES = {
+    "sharpness": fk.sharpness,
+    "geometry": fk.geometry,
+    "bounds": fk.bounds,
+    "log_volume": lambda m, x: fk.log_volume(m, x, rank=1),
+    "max_sensitivity": fk.max_sensitivity,
+    "local_dimensionality": fk.local_dimensionality,
+    "ggn_trace": lambda m, x: fk.ggn_trace(m, nn.MSELoss(), (x, torch.zeros_like(m(x.clone())))),
+}
+
+
+def snapshot(model: nn.Module, x: torch.Tensor) -> dict[str, object]:
+    return {
+        "state": copy.deepcopy(model.state_dict()),
+        "grads": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        "requires_grad": [p.requires_grad for p in model.parameters()],
+        "identity": [id(p) for p in model.parameters(recurse=True)],
+        "versions": [p._version for p in model.parameters()],
+        "training": [m.training for m in model.modules()],
+        "hooks": [
+            (
+                len(m._forward_hooks),
+                len(m._forward_pre_hooks),
+                len(m._backward_hooks),
+                len(m._forward_hooks_with_kwargs),
+            )
+            for m in model.modules()
+        ],
+        "attributes": [sorted(vars(m)) + sorted(m._parameters) for m in model.modules()],
+        "rng": torch.get_rng_state(),
+        "x": x.clone(),
+        "x flags": (x.requires_grad, x.grad),
+        "grad mode": torch.is_grad_enabled(),
+    }
+
+
+def same(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(p, q) for p, q in zip(a, b, strict=True))
+    return a == b
+
+
+@pytest.mark.parametrize("quantity", list(QUANTITIES))
+@pytest.mark.parametrize(
+    "name", ["mlp tanh", "one module twice", "tied across modules", "skip", "writes into input"]
+)
+def test_untouched_on_success(name, quantity):
+    model, x = networks()[name]
+    model.train()  # no batch norm or dropout in these: allowed, and kept
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    before = snapshot(model, x)
+    QUANTITIES[quantity](model, x)
+    after = snapshot(model, x)
+    for key in before:
+        assert same(before[key], after[key]), key
+
+
+class _FailsLate(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 3)
+        self.register_buffer("counter", torch.zeros(()))
+
+    def forward(self, x):
+        self.counter += 1
+        torch.rand(2)
+        raise RuntimeError("user's own error")
+
+
+@pytest.mark.parametrize("quantity", ["sharpness", "geometry", "max_sensitivity"])
+def test_untouched_on_errors(quantity):
+    model, x = _FailsLate(), torch.randn(4, 3)
+    before = snapshot(model, x)
+    with pytest.raises(RuntimeError, match="user's own error"):
+        QUANTITIES[quantity](model, x)
+    after = snapshot(model, x)
+    for key in before:
+        assert same(before[key], after[key]), key
+
+
+def test_hooks_are_removed_whatever_happens():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    with pytest.raises(KeyError), record_calls(model):
+        raise KeyError
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_the_users_own_hooks_keep_their_effect():
+    model, x = networks()["mlp tanh"]
+    plain = fk.sharpness(model, x).value
+    model[4].register_forward_hook(lambda _m, _a, out: 3 * out)
+    assert fk.sharpness(model, x).value == pytest.approx(9 * plain)
+    model[0].register_forward_pre_hook(lambda _m, args: (0 * args[0],))
+    assert fk.max_sensitivity(model, x).mean == 0
+
+
+@pytest.mark.parametrize("quantity", list(QUANTITIES))
+def test_bad_inputs(quantity):
+    measure, model = QUANTITIES[quantity], nn.Linear(3, 2)
+    with pytest.raises(ValueError, match=r"holds no sample|is empty"):
+        measure(model, torch.zeros(0, 3))
+    for bad in (float("nan"), float("inf")):
+        x = torch.zeros(2, 3)
+        x[1, 1] = bad
+        with pytest.raises(ValueError, match="NaN or Inf"):
+            measure(model, x)
+    broken = nn.Linear(3, 2)
+    with torch.no_grad():
+        broken.bias[0] = float("nan")
+    with pytest.raises(ValueError, match="parameter 'bias' holds NaN or Inf"):
+        measure(broken, torch.ones(2, 3))
+    with pytest.raises(ValueError, match="dropout '1' is in train mode"):
+        measure(nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5)).train(), torch.ones(2, 3))
+    with pytest.raises(ValueError, match="batch norm '1' is in train mode"):
+        measure(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).train(), torch.ones(2, 3))
+
+
+@pytest.mark.parametrize(
+    "quantity", ["geometry", "bounds", "log_volume", "max_sensitivity", "local_dimensionality"]
+)
+def test_integer_inputs_have_no_jacobian(quantity):
+    model, x = networks()["tokens"]
+    with pytest.raises(TypeError, match="has no gradient"):
+        QUANTITIES[quantity](model, x)
+
+
+class _Calls(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.a, self.function = nn.Linear(3, 3), function
+
+    def forward(self, x):
+        return self.function(self.a(x))
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "message"),
+    [
+        (lambda z: (z, z), TypeError, "must be one tensor"),
+        (lambda z: z.sum(0), ValueError, "does not start with the number of samples"),
+        (lambda z: z - z.mean(0), ValueError, "changes with the other samples"),
+        (lambda z: nn.functional.dropout(z, 0.5), ValueError, "draws random numbers"),
+        (lambda z: z + torch.randn_like(z), ValueError, "draws random numbers"),
+        (lambda z: z.argmax(1), TypeError, "not a real floating-point type"),
+        (lambda z: z / 0, ValueError, "its output holds NaN or Inf"),
+    ],
+)
+def test_models_without_a_jacobian_a_sample(function, error, message):
+    with pytest.raises(error, match=message):
+        fk.sharpness(_Calls(function), torch.randn(4, 3))
+
+
+def test_sequence_first_attention_is_refused():
+    model = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=False).eval()
+    with pytest.raises(ValueError, match="axis 0"):
+        fk.sharpness(model, torch.randn(5, 5, 8))
+
+
+def test_arguments():
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module"):
+        fk.sharpness(lambda v: v, x)
+    with pytest.raises(TypeError, match="x: expected a tensor"):
+        fk.sharpness(model, [1, 2])
+    with pytest.raises(ValueError, match="max_memory"):
+        fk.sharpness(model, x, max_memory=0)
+    with pytest.raises(ValueError, match=r"rank: must be an integer from 1 to min\(N, M\) = 2"):
+        fk.log_volume(model, x, rank=3)
+    with pytest.raises(ValueError, match="'wieght' matches no parameter"):
+        fk.sharpness(model, x, params="wieght")
+    with pytest.raises(ValueError, match="no closed-form output Hessian"):
+        fk.ggn_trace(model, lambda f, y: (f - y).abs().sum(), (x, torch.zeros(4, 2)), reduction="sum")
+    with pytest.raises(ValueError, match="lazy parameter"):
+        fk.sharpness(nn.Sequential(nn.LazyLinear(3)), x)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter with requires_grad"):
+        fk.sharpness(model, x)
+    with pytest.raises(ValueError, match="'bias' is frozen"):
+        fk.sharpness(model, x, params="bias")
+
+
+def test_data():
+    device = torch.device("cpu")
+    x, y = torch.zeros(2, 3), torch.zeros(2)
+    for bad, error, message in [
+        (x, TypeError, "expected a pair"),
+        (iter([(x, y)]), TypeError, "one-shot iterator"),
+        ([], ValueError, "no batch"),
+        ([(x, y, y)], TypeError, "pair of tensors"),
+        ([(x, torch.zeros(3))], ValueError, "axis 0 must agree"),
+        ([(x[:0], y[:0])], ValueError, "is empty"),
+    ]:
+        with pytest.raises(error, match=message):
+            list(Batches(bad, device))
+
+
+def test_layout_goes_both_ways():
+    model, _ = networks()["vgg"]
+    parameters = select_parameters(model)
+    layout = Layout(parameters)
+    flat = layout.flatten({n: p.detach() for n, p in parameters.items()})
+    assert flat.shape == (sum(p.numel() for p in model.parameters()),)
+    for name, value in layout.unflatten(torch.stack([flat, 2 * flat])).items():
+        assert torch.equal(value[0], parameters[name])
+        assert torch.equal(value[1], 2 * parameters[name])
+    with pytest.raises(ValueError, match="expected"):
+        layout.unflatten(flat[1:])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_replacing_parameters_leaves_the_model_its_own(name):
+    model, x = networks()[name]
+    identity, before = [id(p) for p in model.parameters()], model(x.clone())
+    parameters = select_parameters(model)
+    call_with(model, {n: torch.zeros_like(p) for n, p in parameters.items()}, x.clone())
+    assert identity == [id(p) for p in model.parameters()]
+    assert torch.equal(before, model(x.clone()))
