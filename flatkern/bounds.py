@@ -33,7 +33,9 @@ class Inequality:
     def looseness(self) -> float:
         """log(last side) − log(first side); divide by log 10 for decades. NaN where not applicable."""
         values = list(self.sides.values())
-        return values[-1] - values[0] if self.status != "not applicable" and len(values) > 1 else math.nan
+        if not self.applicable:
+            return math.nan
+        return 0.0 if values[0] == values[-1] else values[-1] - values[0]  # both may be log 0
 
     @property
     def applicable(self) -> bool:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from flatkern.linearize import budget, linearizations, pull_back
 from flatkern.losses import identity_cotangents
 from flatkern.problem import check_input, check_model, differentiation, model_device
 from flatkern.results import PerSample
-from flatkern.spectra import Spectrum, squared_singular_values
+from flatkern.spectra import Spectrum, full_log_volume, squared_singular_values
 from flatkern.squared_norms import with_rows
 
 __all__ = ["local_dimensionality", "log_volume", "max_sensitivity"]
 
 
+@differentiation()
 def log_volume(
     model: nn.Module, x: Tensor, rank: int | None = None, *, max_memory: int | None = None
 ) -> PerSample:
@@ -50,15 +53,15 @@ def log_volume(
         True
     """
     started = time.perf_counter()
-    spectrum = _input_spectrum(model, x, budget(max_memory))
-    if rank is None and spectrum.outputs > spectrum.inputs:
-        raise ValueError(
-            f"model: N = {spectrum.outputs} outputs exceed M = {spectrum.inputs} inputs, so det J Jᵀ = 0 everywhere "
-            f"and the log-volume is undefined; ask for rank=k with k ≤ {spectrum.inputs}"
-        )
-    return replace(spectrum.log_volume(rank), seconds=time.perf_counter() - started)
+    if rank is None:
+        parts = [_full_volume(rows) for rows in _jacobians(model, x, max_memory)]
+        values = torch.cat([p.values for p in parts])
+        degenerate = torch.cat([p.degenerate for p in parts if p.degenerate is not None])
+        return PerSample(values, degenerate, seconds=time.perf_counter() - started)
+    return replace(_spectrum(model, x, max_memory).log_volume(rank), seconds=time.perf_counter() - started)
 
 
+@differentiation()
 def max_sensitivity(model: nn.Module, x: Tensor, *, max_memory: int | None = None) -> PerSample:
     """σ_max(J_i), the spectral norm of the input-output Jacobian, one value a sample; its mean is the paper's MLS.
 
@@ -71,10 +74,11 @@ def max_sensitivity(model: nn.Module, x: Tensor, *, max_memory: int | None = Non
         (3, True)
     """
     started = time.perf_counter()
-    spectrum = _input_spectrum(model, x, budget(max_memory))
+    spectrum = _spectrum(model, x, max_memory, only_top=True)
     return PerSample(spectrum.top, seconds=time.perf_counter() - started)
 
 
+@differentiation()
 def local_dimensionality(model: nn.Module, x: Tensor, *, max_memory: int | None = None) -> PerSample:
     """Participation ratio D_PR = (Tr C)²/Tr(C²) of C = J_i J_iᵀ, one value a sample, between 1 and N.
 
@@ -87,17 +91,31 @@ def local_dimensionality(model: nn.Module, x: Tensor, *, max_memory: int | None 
         True
     """
     started = time.perf_counter()
-    spectrum = _input_spectrum(model, x, budget(max_memory))
+    spectrum = _spectrum(model, x, max_memory, only_top=True)  # energies need no singular values beyond
     return replace(spectrum.participation_ratio(), seconds=time.perf_counter() - started)
 
 
-@differentiation()
-def _input_spectrum(model: nn.Module, x: Tensor, max_memory: int) -> Spectrum:
+def _full_volume(rows: Tensor) -> PerSample:
+    _, outputs, inputs = rows.shape
+    if outputs > inputs:
+        raise ValueError(
+            f"model: N = {outputs} outputs exceed M = {inputs} inputs, so det J Jᵀ = 0 for every sample and the "
+            f"log-volume is undefined; ask for rank=k with k ≤ {inputs}"
+        )
+    return full_log_volume(rows)
+
+
+def _spectrum(model: nn.Module, x: Tensor, max_memory: int | None, *, only_top: bool = False) -> Spectrum:
+    parts = [squared_singular_values(rows, only_top=only_top) for rows in _jacobians(model, x, max_memory)]
+    return Spectrum.concatenate(parts, min(parts[0].outputs, parts[0].inputs))
+
+
+def _jacobians(model: nn.Module, x: Tensor, max_memory: int | None) -> Iterator[Tensor]:
+    """Input-output Jacobians [n, N, M] of the samples, chunk by chunk."""
     check_model(model)
     check_input(x, differentiable=True)
     x = x.to(model_device(model))
-    parts = []
-    for lin in linearizations(model, x, {}, with_input=True, max_memory=max_memory):
+    for lin in linearizations(model, x, {}, with_input=True, max_memory=budget(max_memory)):
         if lin.output.grad_fn is None or lin.input_edge is None:
             raise ValueError("model: its output does not depend differentiably on x")
         roots = identity_cotangents(lin.output)
@@ -105,8 +123,5 @@ def _input_spectrum(model: nn.Module, x: Tensor, max_memory: int) -> Spectrum:
         for block, (cotangent,) in pull_back(lin, roots, [lin.input_edge]):
             if cotangent is not None:
                 rows = with_rows(rows, cotangent, block, len(roots))
-        if rows is None:
-            rows = lin.output.new_zeros(lin.n, len(roots), x[0].numel())
-        parts.append(squared_singular_values(rows))
+        yield lin.output.new_zeros(lin.n, len(roots), x[0].numel()) if rows is None else rows
         del lin, rows
-    return Spectrum.concatenate(parts, min(parts[0].outputs, parts[0].inputs))
