@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_matrices, few_dims
-from ._registration import in_graph, register
+from ._registration import forward_rule, in_graph, register
 from ._select import runs_compiled
 
 
@@ -70,9 +70,9 @@ class _Gram(torch.autograd.Function):
         return ((grad + grad.mT) @ x.double()).to(x.dtype)
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        (x,) = ctx.saved_tensors
-        half = tangents[0].double() @ x.double().mT
+    @forward_rule
+    def jvp(x: Tensor, T: Tensor) -> Tensor:
+        half = T.double() @ x.double().mT
         return half + half.mT
 
     @staticmethod

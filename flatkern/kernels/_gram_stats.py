@@ -11,7 +11,7 @@ from . import _gram
 from ._checks import check_matrices, few_dims
 from ._gram import gram
 from ._reference import logdet, on_finite
-from ._registration import in_graph, register
+from ._registration import forward_rule, in_graph, register
 from ._select import runs_compiled
 from ._spd_inverse import spd_inverse
 
@@ -115,9 +115,9 @@ class _GramStats(torch.autograd.Function):
         return sum(parts[1:], parts[0]).to(x.dtype) if parts else None
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
-        x, value = ctx.saved_tensors
-        T, wide, G = tangents[0].double(), x.double(), gram(x)
+    @forward_rule
+    def jvp(x: Tensor, value: Tensor, T: Tensor) -> tuple[Tensor | None, ...]:
+        T, wide, G = T.double(), x.double(), gram(x)
         log_change = 2 * (spd_inverse(G) @ wide * T).sum((-2, -1))
         log_change = torch.where(value.isfinite(), log_change, on_finite(T.abs().sum((-2, -1)), value))
         return log_change, 2 * (wide * T).sum((-2, -1)), 4 * (G @ wide * T).sum((-2, -1)), None

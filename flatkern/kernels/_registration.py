@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ._select import compiled_available
 
@@ -20,6 +22,22 @@ def in_graph(function: F) -> F:
     transforms and gives silently zero forward-mode tangents.
     """
     return cast(F, torch.compiler.allow_in_graph(function))
+
+
+def forward_rule(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """The `jvp` of an `autograd.Function` from a function of the saved tensors and the tangents.
+
+    torch switches forward mode off while a `jvp` runs, for the enclosing levels as well: forward over forward
+    would be silently zero. It is switched on again here, and this level's own tangents are taken off first.
+    """
+
+    @wraps(rule)
+    def jvp(ctx: Any, *tangents: Tensor) -> Any:
+        with forward_ad._set_fwd_grad_enabled(True):
+            plain = [forward_ad.unpack_dual(t, level=0).primal for t in (*ctx.saved_tensors, *tangents)]
+            return rule(*plain)
+
+    return jvp
 
 
 def register(name: str, fake: Callable[[Tensor], Any], outputs: int = 1) -> None:

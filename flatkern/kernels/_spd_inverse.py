@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._checks import few_dims
 from ._reference import cholesky
-from ._registration import in_graph, register
+from ._registration import forward_rule, in_graph, register
 from ._select import runs_compiled
 
 
@@ -51,9 +51,9 @@ class _SpdInverse(torch.autograd.Function):
         return -(inverse @ _symmetric(grads[0]) @ inverse)
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        (inverse,) = ctx.saved_tensors
-        return -(inverse @ _symmetric(tangents[0]) @ inverse)
+    @forward_rule
+    def jvp(inverse: Tensor, T: Tensor) -> Tensor:
+        return -(inverse @ _symmetric(T) @ inverse)
 
     @staticmethod
     def vmap(_info: Any, in_dims: Any, G: Tensor) -> tuple[Tensor, int]:

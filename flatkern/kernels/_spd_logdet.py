@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._checks import check_matrices, few_dims
 from ._reference import logdet, on_finite
-from ._registration import in_graph, register
+from ._registration import forward_rule, in_graph, register
 from ._select import runs_compiled
 from ._spd_inverse import spd_inverse
 
@@ -72,9 +72,8 @@ class _SpdLogdet(torch.autograd.Function):
         return on_finite(grads[0], value)[..., None, None] * spd_inverse(G)
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        G, value = ctx.saved_tensors
-        (T,) = tangents
+    @forward_rule
+    def jvp(G: Tensor, value: Tensor, T: Tensor) -> Tensor:
         change = (spd_inverse(G) * T).sum((-2, -1))
         return torch.where(value.isfinite(), change, on_finite(T.abs().sum((-2, -1)), value))
 
