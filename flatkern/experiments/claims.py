@@ -1,0 +1,183 @@
+"""What the paper leads one to expect, held against what was measured: each with its verdict and its numbers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from flatkern.experiments.correlation import Correlation, spearman
+from flatkern.experiments.quantities import QUANTITIES, final_value
+from flatkern.experiments.settings import DemoConfig, Setting
+from flatkern.experiments.training import Run
+
+__all__ = ["HELD", "NOT_HELD", "UNDECIDED", "Claim", "InequalityCheck", "check_inequalities", "judge"]
+
+HELD, NOT_HELD, UNDECIDED = "held", "did not hold", "undecided"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement that the measurements can contradict."""
+
+    statement: str
+    verdict: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class InequalityCheck:
+    """One inequality over all measurement points of all runs."""
+
+    name: str
+    checked: int
+    violated: int
+    not_applicable: int
+    looseness: tuple[float, float, float]
+    """Smallest, median and largest distance between the outer sides, in decades."""
+
+
+def check_inequalities(runs: Sequence[Run]) -> list[InequalityCheck]:
+    """Count how often each inequality held, and how far apart its sides were."""
+    rows = [row for run in runs for row in run.rows]
+    keys = list(dict.fromkeys(k for row in rows for k in row if k.startswith("status_")))
+    checks = []
+    for key in keys:
+        name = key.removeprefix("status_")
+        status = [str(row[key]) for row in rows if key in row]
+        loose = [v for row in rows if math.isfinite(v := float(row.get(f"looseness_{name}", math.nan)))]
+        spread = (min(loose), float(np.median(loose)), max(loose)) if loose else (math.nan,) * 3
+        checks.append(
+            InequalityCheck(
+                name,
+                sum(s != "not applicable" for s in status),
+                sum(s == "violated" for s in status),
+                sum(s == "not applicable" for s in status),
+                (spread[0], spread[1], spread[2]),
+            )
+        )
+    return checks
+
+
+def judge(config: DemoConfig, runs: Sequence[Run], correlations: Sequence[Correlation]) -> list[Claim]:
+    """All claims, those about trends only where the last phase of learning was reached."""
+    trained = [run for run in runs if not run.diverged]
+    claims = [_interpolation(config, runs)]
+    for key in ("sqrt_sharpness", "log_volume_top3", "mls", "nmls"):
+        claims.append(
+            _ordering(key, "a higher learning rate gives a lower", config.rate_sweep[::-1], trained)
+        )
+    for key in ("sqrt_sharpness", "log_volume_top3", "mls", "nmls"):
+        claims.append(_ordering(key, "a smaller batch gives a lower", config.batch_sweep, trained))
+    claims += [
+        _link(c)
+        for c in correlations
+        if c.first == "sqrt_sharpness" and c.second in ("log_volume_top3", "mls", "nmls")
+    ]
+    claims += [
+        _no_link(c) for c in correlations if (c.first, c.second) == ("sqrt_sharpness", "local_dimensionality")
+    ]
+    claims.append(_in_time(config, trained, "log_volume_top3"))
+    claims.append(_in_time(config, trained, "mls"))
+    claims += [_bound(check) for check in check_inequalities(runs)]
+    return claims
+
+
+def _interpolation(config: DemoConfig, runs: Sequence[Run]) -> Claim:
+    losses = [run.final("train_loss") for run in runs]
+    good = sum(loss < config.converged for loss in losses)
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    span = f"final train loss {min(finite):.1e} to {max(finite):.1e}" if finite else "all runs diverged"
+    diverged = sum(run.diverged for run in runs)
+    return Claim(
+        f"Every run ends in the last phase of learning (train loss below {config.converged:g})",
+        HELD if good == len(runs) else NOT_HELD,
+        f"{good} of {len(runs)} runs; {span}" + (f"; {diverged} diverged" if diverged else ""),
+    )
+
+
+def _ordering(key: str, words: str, sweep: Iterable[Setting], runs: Sequence[Run]) -> Claim:
+    """Whether the means over seeds rise strictly along a sweep that is listed from flat to sharp."""
+    sweep = list(sweep)
+    values = {s: [final_value(r, key) for r in runs if r.setting == s] for s in sweep}
+    name = QUANTITIES[key].title
+    statement = f"At the end, {words} {name}"
+    if any(not v or not all(math.isfinite(x) for x in v) for v in values.values()):
+        return Claim(statement, UNDECIDED, "a setting has no finite value")
+    means = [float(np.mean(values[s])) for s in sweep]
+    rises = all(a < b for a, b in itertools.pairwise(means))
+    apart = all(max(values[a]) < min(values[b]) for a, b in itertools.pairwise(sweep))
+    numbers = " < ".join(f"{m:.3g}" for m in means) if rises else ", ".join(f"{m:.3g}" for m in means)
+    settings = "; ".join(s.label for s in sweep)
+    seeds = "seeds do not overlap" if rises and apart else "seeds of neighbouring settings overlap"
+    return Claim(statement, HELD if rises else NOT_HELD, f"{numbers} ({settings}); {seeds}")
+
+
+def _numbers(c: Correlation) -> str:
+    r, rho = c.pearson, c.spearman
+    return (
+        f"Pearson r = {r.value:.2f} (95 % interval {r.low:.2f} to {r.high:.2f}), "
+        f"Spearman ρ = {rho.value:.2f} ({rho.low:.2f} to {rho.high:.2f}), {c.runs} runs"
+    )
+
+
+def _link(c: Correlation) -> Claim:
+    statement = f"Across runs, flatter goes with lower {QUANTITIES[c.second].title}"
+    if math.isnan(c.pearson.low):
+        return Claim(statement, UNDECIDED, f"{c.runs} runs are too few")
+    verdict = HELD if c.pearson.low > 0 else NOT_HELD if c.pearson.high < 0 else UNDECIDED
+    return Claim(statement, verdict, _numbers(c))
+
+
+def _no_link(c: Correlation) -> Claim:
+    statement = "Across runs, local dimension is not tied to sharpness"
+    if math.isnan(c.pearson.low):
+        return Claim(statement, UNDECIDED, f"{c.runs} runs are too few")
+    # an interval around 0 does not prove absence: with few runs it would be wide for a real link, too
+    verdict = UNDECIDED if c.pearson.low <= 0 <= c.pearson.high else NOT_HELD
+    note = "; the interval contains 0, which does not prove absence" if verdict == UNDECIDED else ""
+    return Claim(statement, verdict, _numbers(c) + note)
+
+
+def _in_time(config: DemoConfig, runs: Sequence[Run], key: str) -> Claim:
+    title = QUANTITIES[key].title
+    statement = f"Within a run's last phase (train loss below {config.last_phase:g}), sharpness and {title} fall together"
+    changes = []
+    for run in runs:
+        start = next((i for i, v in enumerate(run.column("train_loss")) if v < config.last_phase), None)
+        if start is None or len(run.rows) - start < 3:
+            continue
+        root, other = np.array(run.column("sqrt_sharpness")[start:]), np.array(run.column(key)[start:])
+        changes.append((root[-1] - root[0], other[-1] - other[0], float(spearman(root, other))))
+    if not changes:
+        return Claim(statement, UNDECIDED, "no run reached it with three measurement points to spare")
+    both = sum(a < 0 and b < 0 for a, b, _ in changes)
+    detail = (
+        f"both fall in {both} of {len(changes)} runs; √S falls in {sum(a < 0 for a, _, _ in changes)} "
+        f"(mean change {np.mean([a for a, _, _ in changes]):+.2f}), {title} in "
+        f"{sum(b < 0 for _, b, _ in changes)} (mean change {np.mean([b for _, b, _ in changes]):+.2f})"
+    )
+    return Claim(statement, HELD if both == len(changes) else NOT_HELD, detail)
+
+
+def _bound(check: InequalityCheck) -> Claim:
+    low, median, high = check.looseness
+    titles = {
+        "mls": "MLS is bounded by flatness: A ≤ B ≤ C ≤ D",
+        "nmls": "NMLS is bounded by flatness",
+        "lvr": "The mean local volume is bounded by flatness (LVR chain)",
+        "ma_ying": "The Ma–Ying bound on MLS",
+        "normalized_mls": "The rescaling-invariant bound on ‖x‖²σ²",
+    }
+    statement = titles.get(check.name, f"Inequality {check.name}")
+    if not check.checked:
+        return Claim(statement, UNDECIDED, f"not applicable at {check.not_applicable} points")
+    return Claim(
+        statement,
+        HELD if not check.violated else NOT_HELD,
+        f"{check.checked - check.violated} of {check.checked} measurement points; outer sides {low:.2g} to {high:.2g} "
+        f"decades apart (median {median:.2g})",
+    )

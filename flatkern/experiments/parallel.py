@@ -1,0 +1,110 @@
+"""The settings of a demo side by side in processes, with one progress bar and a clean way out."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import signal
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from flatkern.experiments.data import Dataset
+from flatkern.experiments.errors import Cancelled, UserError
+from flatkern.experiments.settings import DemoConfig, Setting
+from flatkern.experiments.training import Run, train_setting
+
+__all__ = ["available_cores", "train_all"]
+
+
+def available_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def train_all(config: DemoConfig, data: Dataset, *, progress: bool = True) -> list[Run]:
+    """Train every setting; runs come back in the order of ``config.settings``, then by seed.
+
+    The numbers depend neither on the number of processes nor on the order in which they finish.
+    """
+    settings = config.settings
+    jobs = min(config.jobs or available_cores(), len(settings))
+    total = len(settings) * config.seeds * config.steps
+    # the longest first, so that no core is left alone with a long one at the end
+    order = sorted(settings, key=lambda s: (-s.batch_size, -s.learning_rate))
+    with tqdm(
+        total=total, unit="step", unit_scale=True, desc="training", disable=not progress, smoothing=0.05
+    ) as bar:
+        if jobs == 1:
+            before = torch.get_num_threads()
+            torch.set_num_threads(config.threads)
+            try:
+                done = {s: train_setting(config, s, data, bar.update) for s in order}
+            finally:
+                torch.set_num_threads(before)
+        else:
+            done = _in_processes(config, order, data, jobs, bar.update)
+    return [run for s in settings for run in done[s]]
+
+
+def _in_processes(
+    config: DemoConfig, order: list[Setting], data: Dataset, jobs: int, report: Callable[[int], Any]
+) -> dict[Setting, list[Run]]:
+    # spawn: a forked torch may hang in its thread pools
+    context = multiprocessing.get_context("spawn")
+    ticks: Any = context.Queue()
+    stop = context.Event()
+    pool = ProcessPoolExecutor(
+        jobs, mp_context=context, initializer=_start, initargs=(ticks, stop, config.threads)
+    )
+    try:
+        futures: dict[Future[list[Run]], Setting] = {pool.submit(_work, config, s, data): s for s in order}
+        waiting = set(futures)
+        while waiting:
+            finished, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
+            _drain(ticks, report)
+            for future in finished:
+                future.result()  # an error of one setting ends all
+        _drain(ticks, report)
+        return {setting: future.result() for future, setting in futures.items()}
+    except BrokenProcessPool:
+        raise UserError("a training process died (out of memory?); --jobs 1 needs the least memory") from None
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def _drain(ticks: Any, report: Callable[[int], Any]) -> None:
+    while True:
+        try:
+            report(ticks.get_nowait())
+        except queue.Empty:
+            return
+
+
+_ticks: Any = None
+_stop: Any = None
+
+
+def _start(ticks: Any, stop: Any, threads: int) -> None:
+    """In a fresh process: Ctrl-C is the parent's to answer, which sets ``stop``."""
+    global _ticks, _stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _ticks, _stop = ticks, stop
+    torch.set_num_threads(threads)
+
+
+def _work(config: DemoConfig, setting: Setting, data: Dataset) -> list[Run]:
+    parent = multiprocessing.parent_process()
+
+    def report(steps: int) -> None:
+        if _stop.is_set() or (parent is not None and not parent.is_alive()):
+            raise Cancelled
+        _ticks.put(steps)
+
+    return train_setting(config, setting, data, report)

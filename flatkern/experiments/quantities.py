@@ -1,0 +1,130 @@
+"""The quantities shown: their names, symbols and definitions, in one place for figures, tables and the legend."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from flatkern.experiments.training import Run
+
+__all__ = ["CORRELATED", "PANELS", "QUANTITIES", "Quantity", "final_value"]
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """Something measured, as people read it."""
+
+    key: str
+    """Column of measurements.csv; bounds are stored there as decimal logarithms (``log10_``)."""
+    title: str
+    symbol: str
+    definition: str
+    """One or two plain sentences."""
+    log_axis: bool = False
+
+    @property
+    def axis(self) -> str:
+        """Axis label."""
+        return f"{self.title}, {self.symbol}" if self.symbol else self.title
+
+
+_ALL = (
+    Quantity(
+        "train_loss",
+        "train loss",
+        "L",
+        "L = mean over the training set of ½‖f(x) − y‖², with y the one-hot label. "
+        "Training minimizes nn.MSELoss, which is L·2/10.",
+        log_axis=True,
+    ),
+    Quantity(
+        "train_mse",
+        "train MSE",
+        "",
+        "nn.MSELoss on the training set: the mean of (f − y)² over samples and outputs.",
+    ),
+    Quantity(
+        "test_accuracy", "test accuracy", "", "Share of test images whose largest output is the right class."
+    ),
+    Quantity(
+        "nmls",
+        "NMLS",
+        "Σₗ mean σₘₐₓ(∂f/∂xˡ)",
+        "Network maximum local sensitivity: the mean largest singular value of the derivative of the outputs with "
+        "respect to a layer's input, summed over all layers.",
+    ),
+    Quantity(
+        "sqrt_sharpness",
+        "sharpness",
+        "√S",
+        "S = mean of ‖∂f/∂θ‖² (squared Frobenius norm of the derivative with respect to all parameters). At a perfect "
+        "fit it is the trace of the Hessian of L: large S is a sharp minimum, small S a flat one. Drawn as its root.",
+    ),
+    Quantity(
+        "log_volume_top3",
+        "log volume, top 3",
+        "Σⱼ₌₁..₃ ln σⱼ",
+        "Mean of the sum of the natural logs of the three largest singular values of J = ∂f/∂x: how much a small ball "
+        "of inputs is stretched along its three most stretched directions. Lower is more compressed.",
+    ),
+    Quantity(
+        "log_volume",
+        "log volume, all",
+        "½ ln det JJᵀ",
+        "The same over all ten output directions: the log of the local volumetric ratio.",
+    ),
+    Quantity(
+        "mls",
+        "MLS",
+        "mean σₘₐₓ(J)",
+        "Maximum local sensitivity: the mean largest singular value of J = ∂f/∂x, i.e. how much the outputs move at "
+        "most for a unit change of the input.",
+    ),
+    Quantity(
+        "log_local_dimensionality",
+        "log local dimension",
+        "ln D",
+        "D = (Tr C)²/Tr C² with C = JJᵀ, averaged over samples: the effective number of directions (1 to 10) in which "
+        "outputs move. Drawn as ln D. It does not change with scale, so flatness does not bound it.",
+    ),
+    Quantity(
+        "local_dimensionality",
+        "local dimension",
+        "D",
+        "D = (Tr C)²/Tr C² with C = JJᵀ, averaged over samples: the effective number of directions (1 to 10) in which "
+        "outputs move.",
+    ),
+    Quantity("generalization_gap", "generalization gap", "", "Test loss minus train loss, both as L."),
+    Quantity(
+        "log10_mls_d",
+        "bound D on MLS",
+        "‖W₁‖₂ √(mean 1/‖x‖²) √S",
+        "The right end of the chain A ≤ B ≤ C ≤ D whose left end A is MLS: what flatness alone allows.",
+    ),
+    Quantity(
+        "log10_nmls_bound",
+        "bound on NMLS",
+        "√(mean Σₗ ‖Wₗ‖₂²/‖xˡ‖²) √S",
+        "What flatness allows NMLS to be.",
+    ),
+)
+QUANTITIES = {q.key: q for q in _ALL}
+PANELS = ("train_loss", "nmls", "sqrt_sharpness", "log_volume_top3", "mls", "log_local_dimensionality")
+"""The six panels, in the paper's order."""
+CORRELATED = (
+    "sqrt_sharpness",
+    "log_volume_top3",
+    "mls",
+    "nmls",
+    "local_dimensionality",
+    "generalization_gap",
+    "log10_mls_d",
+    "log10_nmls_bound",
+)
+"""What the correlation study compares across runs."""
+
+
+def final_value(run: Run, key: str) -> float:
+    """A quantity of a trained network; bounds as themselves, not as the logarithms they are stored in."""
+    value = run.final(key)
+    return math.pow(10.0, value) if key.startswith("log10_") else value

@@ -1,0 +1,149 @@
+"""What a demo trains, on what, how long, and how it is measured; and the three sizes it comes in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from flatkern.experiments.data import CLASSES
+from flatkern.experiments.errors import UserError
+
+__all__ = ["DemoConfig", "Setting", "full", "paper", "quick"]
+
+
+@dataclass(frozen=True, order=True)
+class Setting:
+    """One choice of the two knobs whose effect on the minimum is looked at."""
+
+    learning_rate: float
+    batch_size: int
+
+    @property
+    def label(self) -> str:
+        """Short name in tables and legends."""
+        return f"lr {self.learning_rate:g}, batch {self.batch_size}"
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Everything that decides the numbers of a demo, and where they go."""
+
+    preset: str
+    learning_rates: tuple[float, float, float]
+    """Three rates, at the middle batch size."""
+    batch_sizes: tuple[int, int, int]
+    """Three batch sizes, at the middle rate."""
+    hidden: tuple[int, ...]
+    num_train: int | None
+    num_test: int | None
+    num_probe: int
+    """Training samples that the geometry is measured on, the same at every point."""
+    steps: int
+    points: int
+    """Measurement points on the logarithmic schedule, about."""
+    seeds: int
+    spectrum_samples: int
+    """Training samples of the loss whose Hessian's spectrum is shown."""
+    spectrum_probes: int
+    spectrum_steps: int
+    data: str = "digits-mnist"
+    root: Path | None = None
+    jobs: int | None = None
+    """Processes at a time; default one a core, at most one a setting."""
+    threads: int = 1
+    """Threads of each process."""
+    data_seed: int = 0
+    converged: float = 1e-4
+    """Training loss below which a run counts as interpolating."""
+    last_phase: float = 1e-2
+    """Training loss below which the last phase of learning is taken to have begun."""
+    output: Path = field(default=Path("flatkern-demo"))
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run, before anything is."""
+        for name in ("num_probe", "steps", "points", "seeds", "threads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.jobs is not None and self.jobs < 1:
+            raise UserError(f"jobs must be at least 1, got {self.jobs}")
+
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        """The five settings; the middle one belongs to both sweeps."""
+        return tuple(dict.fromkeys((*self.rate_sweep, *self.batch_sweep)))
+
+    @property
+    def rate_sweep(self) -> tuple[Setting, ...]:
+        """Three learning rates at the middle batch size."""
+        return tuple(Setting(rate, self.batch_sizes[1]) for rate in self.learning_rates)
+
+    @property
+    def batch_sweep(self) -> tuple[Setting, ...]:
+        """Three batch sizes at the middle learning rate."""
+        return tuple(Setting(self.learning_rates[1], batch) for batch in self.batch_sizes)
+
+    @property
+    def middle(self) -> Setting:
+        """The setting both sweeps share."""
+        return Setting(self.learning_rates[1], self.batch_sizes[1])
+
+    def sizes(self, pixels: int) -> tuple[int, ...]:
+        """Layer sizes of the network for images of so many pixels."""
+        return (pixels, *self.hidden, CLASSES)
+
+
+def full() -> DemoConfig:
+    """500 digits and width 100: reaches the last phase of learning, where the paper's claim lives, in minutes."""
+    return DemoConfig(
+        preset="full",
+        learning_rates=(0.5, 1.0, 2.0),
+        batch_sizes=(8, 20, 32),
+        hidden=(100, 100, 100),
+        num_train=500,
+        num_test=2000,
+        num_probe=200,
+        steps=40_000,
+        points=45,
+        seeds=3,
+        spectrum_samples=500,
+        spectrum_probes=8,
+        spectrum_steps=80,
+    )
+
+
+def quick() -> DemoConfig:
+    """The same in seconds: fewer digits (so that they are fitted sooner), a narrower network, two seeds."""
+    return DemoConfig(
+        preset="quick",
+        learning_rates=(0.5, 1.0, 2.0),
+        batch_sizes=(8, 20, 32),
+        hidden=(60, 60, 60),
+        num_train=100,
+        num_test=1000,
+        num_probe=50,
+        steps=5_000,
+        points=25,
+        seeds=2,
+        spectrum_samples=100,
+        spectrum_probes=6,
+        spectrum_steps=50,
+    )
+
+
+def paper() -> DemoConfig:
+    """The network, rates and batch sizes of the paper, on all images there are. Hours."""
+    return DemoConfig(
+        preset="paper",
+        learning_rates=(0.05, 0.1, 0.2),
+        batch_sizes=(8, 20, 32),
+        hidden=(500, 500, 500),
+        num_train=None,
+        num_test=None,
+        num_probe=200,
+        steps=750_000,
+        points=80,
+        seeds=2,
+        spectrum_samples=1000,
+        spectrum_probes=8,
+        spectrum_steps=60,
+    )

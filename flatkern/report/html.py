@@ -1,0 +1,104 @@
+"""The page: one file that opens offline, with every figure, table and definition in it."""
+
+from __future__ import annotations
+
+import statistics
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+from flatkern.experiments.claims import HELD, NOT_HELD
+from flatkern.experiments.quantities import CORRELATED, PANELS, QUANTITIES, final_value
+from flatkern.report.figures import inline_panels, save_figures
+from flatkern.report.tables import matrix_table, number, pair_table, run_table, summary_table
+
+if TYPE_CHECKING:
+    from flatkern.experiments.demo import DemoResult
+
+__all__ = ["render", "write_report"]
+
+
+def write_report(folder: Path, result: DemoResult) -> None:
+    """Write the figures and ``report.html`` into a folder that exists."""
+    save_figures(folder, result)
+    (folder / "report.html").write_text(render(result), encoding="utf-8")
+
+
+def render(result: DemoResult) -> str:
+    """The page as text."""
+    files = resources.files("flatkern.report")
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: (files / name).read_text(encoding="utf-8")),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["number"] = number
+    return environment.get_template("report.html.j2").render(
+        result=result,
+        config=result.config,
+        css=(files / "report.css").read_text(encoding="utf-8"),
+        js=(files / "report.js").read_text(encoding="utf-8"),
+        lead=_lead(result),
+        tally=_tally(result),
+        panels=inline_panels(result),
+        summary=summary_table(result),
+        runs=run_table(result),
+        pairs=pair_table(result),
+        matrix=matrix_table(result),
+        definitions=[
+            QUANTITIES[k] for k in dict.fromkeys((*PANELS, "log_volume", *CORRELATED, "test_accuracy"))
+        ],
+        facts=_facts(result),
+        expected_false_alarms=0.05 * len(result.correlations),
+        HELD=HELD,
+        NOT_HELD=NOT_HELD,
+    )
+
+
+def _lead(result: DemoResult) -> dict[str, Any] | None:
+    """The main effect in numbers: from the smallest to the largest learning rate."""
+    first, last = result.config.rate_sweep[0], result.config.rate_sweep[-1]
+    found: dict[str, Any] = {"first": first, "last": last}
+    for key in ("sqrt_sharpness", "log_volume_top3", "mls"):
+        for end, setting in (("from", first), ("to", last)):
+            values = [final_value(r, key) for r in result.runs if r.setting == setting and not r.diverged]
+            if not values:
+                return None
+            found[f"{key}_{end}"] = number(statistics.fmean(values))
+    return found
+
+
+def _tally(result: DemoResult) -> dict[str, int]:
+    verdicts = [c.verdict for c in result.claims]
+    return {v: verdicts.count(v) for v in dict.fromkeys((HELD, NOT_HELD, *verdicts))}
+
+
+def _facts(result: DemoResult) -> list[tuple[str, str]]:
+    config, env = result.config, result.environment
+    layers = "-".join(str(s) for s in result.sizes)
+    facts = [
+        ("images", f"{result.source}; {result.num_train:,} for training, {result.num_test:,} for the test"),
+        ("network", f"tanh MLP {layers}, PyTorch's default initialization, float32"),
+        (
+            "training",
+            f"plain SGD, no momentum, no decay, nn.MSELoss to one-hot labels, {config.steps:,} iterations",
+        ),
+        ("settings", "; ".join(s.label for s in config.settings) + f"; {config.seeds} seeds each"),
+        (
+            "measured on",
+            f"the first {min(config.num_probe, result.num_train)} training images, at "
+            f"{len(result.runs[0].rows)} iterations spaced logarithmically",
+        ),
+        (
+            "seeds",
+            f"0 to {config.seeds - 1} for weights and order; {config.data_seed} for the choice of images",
+        ),
+        ("preset", config.preset),
+        ("started", result.started),
+        ("time", f"{result.wall_seconds:.0f} s wall, {result.cpu_seconds:.0f} s CPU (before the figures)"),
+    ]
+    return facts + [(str(k).replace("_", " "), str(v)) for k, v in env.items()]
