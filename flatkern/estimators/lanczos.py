@@ -53,7 +53,8 @@ def lockstep_lanczos(
         if reorthogonalize
         else None
     )
-    previous, current = torch.zeros_like(start), start
+    # three blocks change places; fresh temporaries of this size would cost more than the arithmetic
+    previous, current, residual = torch.zeros_like(start), start.clone(), torch.empty_like(start)
     beta = torch.zeros(count, dtype=op.dtype, device=op.device)
     scale, off = torch.zeros_like(beta), torch.zeros_like(beta)
     alphas, betas = [], []
@@ -61,22 +62,24 @@ def lockstep_lanczos(
         if basis is not None:
             basis[:, j] = current
         image = (op @ current.mT).mT
-        alpha = (current * image).sum(1)
+        alpha = _dots(current, image)
         # a residual of rounding size has no direction of its own, so a test on it would say nothing
         told = beta > eps**0.5 * scale
-        off = torch.maximum(off, torch.where(told, ((previous * image).sum(1) - beta).abs(), 0.0))
+        off = torch.maximum(off, torch.where(told, (_dots(previous, image) - beta).abs(), 0.0))
         alphas.append(alpha)
-        residual = image - alpha[:, None] * current - beta[:, None] * previous
+        torch.addcmul(image, current, alpha[:, None], value=-1, out=residual)
+        residual.addcmul_(previous, beta[:, None], value=-1)
         if basis is not None:
-            seen = basis[:, : j + 1]
-            for _ in range(2):
-                residual = residual - ((seen @ residual[:, :, None]).mT @ seen)[:, 0]
-        beta = torch.linalg.vector_norm(residual, dim=1)
+            for seen, vector in zip(basis[:, : j + 1], residual, strict=True):
+                for _ in range(2):
+                    vector.addmv_(seen.mT, torch.mv(seen, vector), alpha=-1)
+        beta = torch.stack([torch.linalg.vector_norm(row) for row in residual])
         scale = torch.maximum(scale, torch.maximum(alpha.abs(), beta))
         alive = beta > 10 * eps * scale
         beta = torch.where(alive, beta, 0.0)
         betas.append(beta)
-        previous, current = current, residual * torch.where(alive, 1 / beta, 0.0)[:, None]
+        residual.mul_(torch.where(alive, 1 / beta, 0.0)[:, None])
+        previous, current, residual = current, residual, previous
         bar.update(count)
     diagonal = torch.stack(alphas, dim=1).double().cpu()
     off_diagonal = torch.stack(betas, dim=1).double().cpu()
@@ -85,3 +88,8 @@ def lockstep_lanczos(
     if bool((off > tolerance * scale).any()):
         raise NotSymmetricError("op: it is not symmetric (products from the left and the right disagree)")
     return Tridiagonals(diagonal, off_diagonal[:, :-1])
+
+
+def _dots(left: Tensor, right: Tensor) -> Tensor:
+    """Row by row inner products [k], without a table of the entries' products."""
+    return torch.stack([torch.dot(a, b) for a, b in zip(left, right, strict=True)])
