@@ -90,7 +90,7 @@ class Spectrum:
 def full_log_volume(rows: Tensor) -> PerSample:
     """½ log det J Jᵀ for Jacobians given as rows [n, N, M], N ≤ M, without their singular values where possible.
 
-    The determinant and trace of the Gram matrix bound its smallest eigenvalue from below, λ_min ≥ det/(tr/(N − 1))^(N−1)
+    The determinant and trace of the Gram matrix bound its smallest eigenvalue below, λ_min ≥ det/(tr/(N − 1))^(N−1)
     (arithmetic and geometric mean of the others). Samples that this proves regular, with digits to spare, are done; the
     others are decomposed.
     """

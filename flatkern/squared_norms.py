@@ -64,12 +64,17 @@ def parameter_squared_norms(
     edges = [call.output_edge for call, _ in covered if call.output_edge is not None]
     rows: list[Tensor | None] = [None] * len(extra)
     if lin.output.grad_fn is not None and (edges or extra):
+        prepared, allowance = [], lin.max_memory // 8
+        for call, _ in covered:
+            prepared.append(call.rule.prepare(call.module, call.checked_inputs(), allowance))
+            if (last := prepared[-1]) is not None:
+                allowance -= last.numel() * last.element_size()
         for block, found in pull_back(lin, roots, [*edges, *extra]):
-            for (call, names), cotangent in zip(covered, found, strict=False):
+            for (call, names), ready, cotangent in zip(covered, prepared, found, strict=False):
                 if cotangent is None:
                     continue
                 squares = call.rule.squared_norms(
-                    call.module, call.checked_inputs(), cotangent, tuple(names), lin.max_memory
+                    call.module, call.checked_inputs(), cotangent, tuple(names), lin.max_memory, ready
                 )
                 for local, name in names.items():
                     norms[name] += squares[local]

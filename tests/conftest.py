@@ -11,6 +11,9 @@ settings.register_profile(
 )
 settings.load_profile("flatkern")
 
+# the tests' problems are tiny: a second thread only waits for the first
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _seed():

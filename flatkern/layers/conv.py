@@ -11,28 +11,27 @@ from flatkern.layers.shared_weight import bias_squared_norms, weight_squared_nor
 
 __all__ = ["ConvRule", "patches"]
 
-_Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
-
 
 def patches(module: nn.Module, inputs: Tensor) -> Tensor:
-    """The patches a convolution multiplies its weight with: [n, C_in, *size] → [n, T, groups, C_in/groups · k].
+    """The patches a convolution multiplies its weight with: [n, C_in, *size] → [n, groups, T, C_in/groups · k].
 
     Stride, dilation, groups and every padding mode are the module's. Positions T are in the order of its output.
     """
     assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-    dims = len(module.kernel_size)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     padded = F.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
-    for dim, (size, step, gap) in enumerate(
-        zip(module.kernel_size, module.stride, module.dilation, strict=True)
-    ):
-        padded = padded.unfold(dim + 2, gap * (size - 1) + 1, step)[..., ::gap]
-    # [n, C, *positions, *kernel] → [n, T, groups, C/groups * kernel]
-    n, channels = padded.shape[:2]
-    positions = padded.shape[2 : 2 + dims]
-    order = [0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims)]
-    width = channels // module.groups * torch.Size(module.kernel_size).numel()
-    return padded.permute(order).reshape(n, positions.numel(), module.groups, width)
+    size, step, gap = module.kernel_size, module.stride, module.dilation
+    n, dims = len(inputs), len(size)
+    if dims == 3:
+        for dim in range(3):
+            padded = padded.unfold(dim + 2, gap[dim] * (size[dim] - 1) + 1, step[dim])[..., :: gap[dim]]
+        columns = padded.permute(0, 1, 5, 6, 7, 2, 3, 4)  # [n, C, *kernel, *positions]
+    elif dims == 1:
+        columns = F.unfold(padded.unsqueeze(2), (1, size[0]), (1, gap[0]), 0, (1, step[0]))
+    else:
+        columns = F.unfold(padded, size, gap, 0, step)
+    width = module.in_channels // module.groups * torch.Size(size).numel()
+    return columns.reshape(n, module.groups, width, -1).mT
 
 
 class ConvRule(LayerRule):
@@ -40,44 +39,52 @@ class ConvRule(LayerRule):
 
     parameters = ("weight", "bias")
 
+    def prepare(self, module: nn.Module, inputs: Tensor, max_memory: int) -> Tensor | None:
+        """The patches of all samples."""
+        return patches(module, inputs) if self._patch_bytes(module, inputs) <= max_memory else None
+
     def squared_norms(
-        self, module: nn.Module, inputs: Tensor, cotangents: Tensor, wanted: tuple[str, ...], max_memory: int
+        self,
+        module: nn.Module,
+        inputs: Tensor,
+        cotangents: Tensor,
+        wanted: tuple[str, ...],
+        max_memory: int,
+        prepared: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """See :class:`LayerRule`. Patches are formed for as many samples at a time as ``max_memory`` allows."""
-        assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        """See :class:`LayerRule`. Patches not given are formed for as many samples as ``max_memory`` allows."""
         k, n, c_out = cotangents.shape[:3]
-        g = cotangents.reshape(k, n, c_out, -1).transpose(2, 3)  # [K, n, T, C_out]
+        g = cotangents.reshape(k, n, c_out, -1).mT  # [K, n, T, C_out]
         norms = {}
         if "bias" in wanted:
             norms["bias"] = bias_squared_norms(g)
-        if "weight" in wanted:
-            size = (
-                g.shape[2]
-                * module.in_channels
-                * torch.Size(module.kernel_size).numel()
-                * inputs.element_size()
-            )
-            step = max(1, max_memory // (4 * size))  # patches exist twice for a moment
+        if "weight" in wanted and prepared is not None:
+            norms["weight"] = self._weight_norms(prepared, g, max_memory)
+        elif "weight" in wanted:
+            step = max(1, n * max_memory // (4 * self._patch_bytes(module, inputs)))
             norms["weight"] = torch.cat(
                 [
-                    self._weight_norms(module, inputs[i : i + step], g[:, i : i + step], max_memory // 2)
+                    self._weight_norms(
+                        patches(module, inputs[i : i + step]), g[:, i : i + step], max_memory // 2
+                    )
                     for i in range(0, n, step)
                 ]
             )
         return norms
 
+    def _patch_bytes(self, module: nn.Module, inputs: Tensor) -> int:
+        assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        width = module.in_channels * torch.Size(module.kernel_size).numel()
+        return len(inputs) * self.positions(module, inputs) * width * inputs.element_size()
+
     @staticmethod
-    def _weight_norms(module: _Conv, inputs: Tensor, g: Tensor, max_memory: int) -> Tensor:
-        a = patches(module, inputs)  # [n, T, groups, d_in]
+    def _weight_norms(a: Tensor, g: Tensor, max_memory: int) -> Tensor:
         k, n, positions, _ = g.shape
+        groups = a.shape[1]
         # each group is a dense map of its own: fold the groups into the samples
-        a = a.transpose(1, 2).reshape(n * module.groups, positions, -1)
-        g = (
-            g.reshape(k, n, positions, module.groups, -1)
-            .transpose(2, 3)
-            .reshape(k, n * module.groups, positions, -1)
-        )
-        return weight_squared_norms(a, g, max_memory).reshape(n, module.groups).sum(1)
+        g = g.mT.reshape(k, n * groups, -1, positions).mT
+        norms = weight_squared_norms(a.flatten(0, 1), g, max_memory)
+        return norms.reshape(n, groups).sum(1)
 
     def positions(self, module: nn.Module, inputs: Tensor) -> int:
         """The number of output positions (1 where the kernel covers the whole padded input)."""

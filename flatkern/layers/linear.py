@@ -16,7 +16,13 @@ class LinearRule(LayerRule):
     parameters = ("weight", "bias")
 
     def squared_norms(
-        self, module: nn.Module, inputs: Tensor, cotangents: Tensor, wanted: tuple[str, ...], max_memory: int
+        self,
+        module: nn.Module,
+        inputs: Tensor,
+        cotangents: Tensor,
+        wanted: tuple[str, ...],
+        max_memory: int,
+        prepared: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """See :class:`LayerRule`."""
         k, n = cotangents.shape[:2]

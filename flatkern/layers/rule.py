@@ -21,13 +21,27 @@ class LayerRule(ABC):
     parameters: tuple[str, ...]
     """Names of the module's own parameters that the rule covers."""
 
+    def prepare(self, module: nn.Module, inputs: Tensor, max_memory: int) -> Tensor | None:
+        """What :meth:`squared_norms` derives from the inputs alone, to be formed once for all cotangents.
+
+        ``None`` where there is nothing to form, or where it would take more than ``max_memory`` bytes.
+        """
+        return None
+
     @abstractmethod
     def squared_norms(
-        self, module: nn.Module, inputs: Tensor, cotangents: Tensor, wanted: tuple[str, ...], max_memory: int
+        self,
+        module: nn.Module,
+        inputs: Tensor,
+        cotangents: Tensor,
+        wanted: tuple[str, ...],
+        max_memory: int,
+        prepared: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Σ_k ‖∂(s_k·f_i)/∂p‖² for every parameter p in ``wanted``, float64 [n] each.
 
-        Temporary memory is kept under ``max_memory`` bytes by going through the samples in chunks.
+        Temporary memory is kept under ``max_memory`` bytes by going through the samples in chunks. ``prepared`` is what
+        :meth:`prepare` gave for the same inputs.
         """
 
     @abstractmethod

@@ -47,8 +47,9 @@ def weight_squared_norms(
         for j in range(0, k, block):
             g = cotangents[j : j + block, i : i + samples]
             if form == "explicit":
-                gradient = g.mT @ a  # [k, n, d_out, d_in]
-                result[i : i + samples] += gradient.square().sum((0, 2, 3), dtype=torch.float64)
+                # cotangents folded into the rows: broadcasting a over them would copy it
+                rows = g.permute(1, 0, 3, 2).reshape(a.shape[0], -1, t)  # [n, k d_out, T]
+                result[i : i + samples] += row_energy((rows @ a).flatten(1))
             else:
                 stacked = g.permute(1, 2, 0, 3).reshape(a.shape[0], t, -1)  # [n, T, K d_out]
                 product = (a @ a.mT) * (stacked @ stacked.mT)
