@@ -27,15 +27,21 @@ def in_graph(function: F) -> F:
 def forward_rule(rule: Callable[..., Any]) -> Callable[..., Any]:
     """The `jvp` of an `autograd.Function` from a function of the saved tensors and the tangents.
 
-    torch switches forward mode off while a `jvp` runs, for the enclosing levels as well: forward over forward
-    would be silently zero. It is switched on again here, and this level's own tangents are taken off first.
+    torch switches forward mode off while a `jvp` runs, for the enclosing levels of torch.func as well: forward
+    over forward would be silently zero. It is switched on again here, once this level's own tangents are off.
     """
+
+    def primal(t: Tensor) -> Tensor:
+        tracked = torch._C._functorch.is_gradtrackingtensor(t)
+        return forward_ad.unpack_dual(t, level=0).primal if tracked else t
 
     @wraps(rule)
     def jvp(ctx: Any, *tangents: Tensor) -> Any:
+        operands = (*ctx.saved_tensors, *tangents)
+        if not any(torch._C._functorch.is_gradtrackingtensor(t) for t in operands):
+            return rule(*operands)  # plain forward mode: it has one level only
         with forward_ad._set_fwd_grad_enabled(True):
-            plain = [forward_ad.unpack_dual(t, level=0).primal for t in (*ctx.saved_tensors, *tangents)]
-            return rule(*plain)
+            return rule(*map(primal, operands))
 
     return jvp
 

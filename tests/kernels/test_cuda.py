@@ -1,0 +1,79 @@
+"""The CUDA kernels, where there is a GPU and they were built."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flatkern import kernels
+from flatkern.kernels._select import using
+
+from .helpers import oracle_rows_logdet, rows, spd
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not kernels.active().cuda, reason="built without CUDA kernels"),
+]
+SIZES = [1, 2, 3, 4, 5, 8, 9, 16, 17, 31, 32, 33, 64, 65, 127, 128, 129]
+DTYPES = [torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("c", SIZES)
+@pytest.mark.parametrize("n", [0, 1, 3, 1000])
+def test_same_as_the_cpu(dtype, c, n):
+    x, G = rows(n, c, c + 5, 10.0, dtype), spd(n, c, 10.0, dtype)
+    with using("compiled"):
+        stats, product = kernels.gram_stats(x.cuda()), kernels.gram(x.cuda())
+        logdet = kernels.spd_logdet(G.cuda())
+        expected = kernels.gram_stats(x)
+    for a, b in zip(stats, expected, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-11, atol=1e-11 * (c + 1))
+    torch.testing.assert_close(stats.logdet.cpu(), oracle_rows_logdet(x), rtol=0, atol=1e-11 * (c + 1))
+    torch.testing.assert_close(product.cpu(), kernels.gram(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(logdet.cpu(), kernels.spd_logdet(G), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("c", [3, 10, 33])
+def test_strides_edges_and_streams(dtype, c):
+    x = torch.randn(50, c, c + 3, dtype=dtype, device="cuda")
+    x[1, -1] = x[1, 0]
+    x[2, 0, 0] = torch.nan
+    x[3, -1, -1] = torch.inf
+    expected = kernels.gram_stats(x.cpu())
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), using("compiled"):
+        for same in (x, x.mT.contiguous().mT, x.permute(1, 2, 0).contiguous().permute(2, 0, 1)):
+            got = kernels.gram_stats(same)
+            stream.synchronize()
+            assert torch.equal(got.rank_deficient.cpu(), expected.rank_deficient)
+            torch.testing.assert_close(
+                got.logdet.cpu(), expected.logdet, equal_nan=True, rtol=1e-9, atol=1e-9
+            )
+
+
+@pytest.mark.parametrize("c", [10, 40])
+def test_capturable_without_a_synchronization(c):
+    x = torch.randn(100, c, c + 3, device="cuda")
+    with using("compiled"):
+        expected = kernels.gram_stats(x).logdet
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = kernels.gram_stats(x).logdet
+        graph.replay()
+    torch.testing.assert_close(captured, expected)
+
+
+@pytest.mark.parametrize("c", [5, 20])
+def test_derivatives(c):
+    x = torch.randn(3, c, c + 4, dtype=torch.float64)
+
+    def f(x):
+        s = kernels.gram_stats(x)
+        return (s.logdet + s.trace + 0.1 * s.frobenius_sq).sum()
+
+    with using("compiled"):
+        for transform in (torch.func.grad, lambda f: torch.func.jacrev(torch.func.grad(f))):
+            torch.testing.assert_close(transform(f)(x.cuda()).cpu(), transform(f)(x), rtol=1e-8, atol=1e-8)

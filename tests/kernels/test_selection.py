@@ -1,0 +1,106 @@
+"""`FLATKERN_KERNELS` and `FLATKERN_ISA`, each in a fresh interpreter; what `active()` says."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from flatkern import kernels
+from flatkern.kernels._select import _state, compiled_available, environment_choice, using
+
+built = pytest.mark.skipif(not compiled_available(), reason="no compiled kernels")
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess:
+    # the kernels alone: `import flatkern` would bring in the whole package
+    prelude = (
+        "import sys, types, importlib.util, pathlib\n"
+        "root = pathlib.Path(importlib.util.find_spec('flatkern').origin).parent\n"
+        "package = types.ModuleType('flatkern'); package.__path__ = [str(root)]\n"
+        "sys.modules['flatkern'] = package\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-W", "always", "-c", prelude + code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+SHOW = "from flatkern import kernels; i = kernels.active(); print(i.kernels, i.isa)"
+
+
+@built
+@pytest.mark.parametrize(
+    ("choice", "expected"), [("", "compiled"), ("compiled", "compiled"), ("reference", "reference")]
+)
+def test_choice(choice, expected):
+    done = run(SHOW, FLATKERN_KERNELS=choice)
+    assert done.stdout.split()[0] == expected, done.stderr
+    assert "RuntimeWarning" not in done.stderr
+
+
+@built
+def test_every_instruction_set_gives_the_same():
+    code = (
+        "import torch; from flatkern import kernels, native; torch.manual_seed(0)\n"
+        "x = torch.randn(40, 11, 37); print(kernels.gram_stats(x).logdet.sum().item(),\n"
+        "    kernels.spd_logdet(kernels.gram(x).float()).sum().item(), native.build_info()['isa'])"
+    )
+    results = {isa: run(code, FLATKERN_ISA=isa).stdout.split() for isa in ("baseline", "avx2", "")}
+    assert results["baseline"][2] == "baseline"
+    for _, (a, b, _isa) in results.items():
+        assert float(a) == pytest.approx(float(results["baseline"][0]), rel=1e-12)
+        assert float(b) == pytest.approx(float(results["baseline"][1]), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["FLATKERN_KERNELS", "FLATKERN_ISA"])
+def test_an_unknown_value_raises_and_names_the_allowed_ones(name):
+    done = run("import flatkern.kernels", **{name: "fastest"})
+    assert done.returncode != 0
+    assert "fastest" in done.stderr
+    assert ("reference" if name == "FLATKERN_KERNELS" else "avx2") in done.stderr
+
+
+def test_environment_choice(monkeypatch):
+    monkeypatch.setenv("FLATKERN_TEST", "b")
+    assert environment_choice("FLATKERN_TEST", ("a", "b"), "a") == "b"
+    monkeypatch.setenv("FLATKERN_TEST", "")
+    assert environment_choice("FLATKERN_TEST", ("a", "b"), "a") == "a"
+    monkeypatch.setenv("FLATKERN_TEST", "c")
+    with pytest.raises(ValueError, match="a, b"):
+        environment_choice("FLATKERN_TEST", ("a", "b"), "a")
+
+
+def test_active_is_frozen_and_follows_the_choice():
+    with using("reference"):
+        info = kernels.active()
+        assert info.kernels == "reference"
+        assert info.reason
+        assert info.isa == ""
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        info.isa = "x"
+    assert info.torch_now == torch.__version__
+
+
+@built
+def test_active_compiled():
+    with using("compiled"):
+        info = kernels.active()
+    assert info.kernels == "compiled"
+    assert info.reason == ""
+    assert info.isa in ("baseline", "avx2", "avx512")
+    assert info.compiler
+
+
+def test_using_restores_on_errors():
+    before = _state.compiled
+    with pytest.raises(RuntimeError, match="inside"), using("reference"):
+        raise RuntimeError("inside")
+    assert _state.compiled == before
