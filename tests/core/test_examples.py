@@ -13,7 +13,8 @@ import pytest
 import flatkern
 
 ROOT = Path(__file__).parents[2]
-MODULES = [m.name for m in pkgutil.walk_packages(flatkern.__path__, "flatkern.") if not m.name.endswith(("_C", "_native"))]
+NATIVE = ("_C", "_native")
+MODULES = [m.name for m in pkgutil.walk_packages(flatkern.__path__, "flatkern.") if not m.name.endswith(NATIVE)]
 
 
 @pytest.mark.parametrize("name", MODULES)
