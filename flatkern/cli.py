@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         "--seeds", type=_positive, metavar="N", help="networks a setting (3; --quick and --paper 2)"
     )
     demo.add_argument(
-        "--steps", type=_positive, metavar="N", help="iterations of SGD (40000; --quick 5000; --paper 750000)"
+        "--steps", type=_positive, metavar="N", help="iterations of SGD (45000; --quick 5000; --paper 750000)"
     )
     demo.add_argument(
         "--jobs", type=_positive, metavar="N", help="processes at a time (one a core, at most five)"
@@ -168,17 +168,25 @@ def _print_summary(result: DemoResult) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from flatkern.report.tables import summary_table
+    from flatkern.report.tables import number, summary_table
 
     summary = summary_table(result)
-    table = Table(
-        title=f"At the end of training, mean ± sd over {result.config.seeds} seeds", title_justify="left"
-    )
-    for title, _ in summary.headings:
-        table.add_column(title, justify="right")
+    title = f"At the end of training, mean ± sd over {result.config.seeds} seeds"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    # what fits into 80 columns; the page has the rest
+    titles = {"log volume (top 3)": "log volume", "local dimension": "local dim.", "train loss": "loss"}
+    shown = [
+        i
+        for i, (name, _) in enumerate(summary.headings)
+        if name not in ("test accuracy", "generalization gap")
+    ]
+    loss = [name for name, _ in summary.headings].index("train loss")
+    for i in shown:
+        name = summary.headings[i][0]
+        table.add_column(titles.get(name, name), justify="right", no_wrap=True)
     for row in summary.rows:
-        table.add_row(*(cell.text for cell in row))
-    console = Console()
+        table.add_row(*(number(row[i].sort) if i == loss else row[i].text for i in shown))
+    console = Console(soft_wrap=True)
     console.print(table)
     for claim in result.claims:
         mark = {"held": "[green]✓[/]", "did not hold": "[red]✗[/]"}.get(claim.verdict, "?")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flatkern.experiments.correlation import Correlation, spearman
+from flatkern.experiments.correlation import Correlation
 from flatkern.experiments.quantities import QUANTITIES, final_value
 from flatkern.experiments.settings import DemoConfig, Setting
 from flatkern.experiments.training import Run
@@ -90,7 +90,11 @@ def _interpolation(config: DemoConfig, runs: Sequence[Run]) -> Claim:
     losses = [run.final("train_loss") for run in runs]
     good = sum(loss < config.converged for loss in losses)
     finite = [loss for loss in losses if math.isfinite(loss)]
-    span = f"final train loss {min(finite):.1e} to {max(finite):.1e}" if finite else "all runs diverged"
+    span = (
+        f"final train loss {min(finite):.1e} to {max(finite):.1e}".replace("e-0", "e−")
+        if finite
+        else "all diverged"
+    )
     diverged = sum(run.diverged for run in runs)
     return Claim(
         f"Every run ends in the last phase of learning (train loss below {config.converged:g})",
@@ -110,18 +114,19 @@ def _ordering(key: str, words: str, sweep: Iterable[Setting], runs: Sequence[Run
     means = [float(np.mean(values[s])) for s in sweep]
     rises = all(a < b for a, b in itertools.pairwise(means))
     apart = all(max(values[a]) < min(values[b]) for a, b in itertools.pairwise(sweep))
-    numbers = " < ".join(f"{m:.3g}" for m in means) if rises else ", ".join(f"{m:.3g}" for m in means)
-    settings = "; ".join(s.label for s in sweep)
-    seeds = "seeds do not overlap" if rises and apart else "seeds of neighbouring settings overlap"
+    numbers = (" < " if rises else ", ").join(f"{m:.3g}" for m in means).replace("-", "−")
+    by_rate = len({s.learning_rate for s in sweep}) > 1
+    settings = ", ".join(f"{s.learning_rate:g}" if by_rate else str(s.batch_size) for s in sweep)
+    settings = f"{'lr' if by_rate else 'batch'} {settings}"
+    seeds = "no overlap of seeds" if rises and apart else "seeds of neighbouring settings overlap"
     return Claim(statement, HELD if rises else NOT_HELD, f"{numbers} ({settings}); {seeds}")
 
 
 def _numbers(c: Correlation) -> str:
     r, rho = c.pearson, c.spearman
     return (
-        f"Pearson r = {r.value:.2f} (95 % interval {r.low:.2f} to {r.high:.2f}), "
-        f"Spearman ρ = {rho.value:.2f} ({rho.low:.2f} to {rho.high:.2f}), {c.runs} runs"
-    )
+        f"r = {r.value:.2f} ({r.low:.2f} to {r.high:.2f}), ρ = {rho.value:.2f} ({rho.low:.2f} to {rho.high:.2f})"
+    ).replace("-", "−")
 
 
 def _link(c: Correlation) -> Claim:
@@ -144,23 +149,24 @@ def _no_link(c: Correlation) -> Claim:
 
 def _in_time(config: DemoConfig, runs: Sequence[Run], key: str) -> Claim:
     title = QUANTITIES[key].title
-    statement = f"Within a run's last phase (train loss below {config.last_phase:g}), sharpness and {title} fall together"
+    phase = f"last phase (train loss below {config.last_phase:g})"
+    statement = f"Within a run's {phase}, sharpness and {title} fall together"
     changes = []
     for run in runs:
         start = next((i for i, v in enumerate(run.column("train_loss")) if v < config.last_phase), None)
         if start is None or len(run.rows) - start < 3:
             continue
         root, other = np.array(run.column("sqrt_sharpness")[start:]), np.array(run.column(key)[start:])
-        changes.append((root[-1] - root[0], other[-1] - other[0], float(spearman(root, other))))
+        changes.append((root[-1] - root[0], other[-1] - other[0]))
     if not changes:
         return Claim(statement, UNDECIDED, "no run reached it with three measurement points to spare")
-    both = sum(a < 0 and b < 0 for a, b, _ in changes)
+    both = sum(a < 0 and b < 0 for a, b in changes)
     detail = (
-        f"both fall in {both} of {len(changes)} runs; √S falls in {sum(a < 0 for a, _, _ in changes)} "
-        f"(mean change {np.mean([a for a, _, _ in changes]):+.2f}), {title} in "
-        f"{sum(b < 0 for _, b, _ in changes)} (mean change {np.mean([b for _, b, _ in changes]):+.2f})"
+        f"both fall in {both} of {len(changes)} runs; √S falls in {sum(a < 0 for a, _ in changes)} "
+        f"(mean {np.mean([a for a, _ in changes]):+.2f}), {title} in "
+        f"{sum(b < 0 for _, b in changes)} (mean {np.mean([b for _, b in changes]):+.2f})"
     )
-    return Claim(statement, HELD if both == len(changes) else NOT_HELD, detail)
+    return Claim(statement, HELD if both == len(changes) else NOT_HELD, detail.replace("-", "−"))
 
 
 def _bound(check: InequalityCheck) -> Claim:

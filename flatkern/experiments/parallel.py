@@ -6,9 +6,10 @@ import multiprocessing
 import os
 import queue
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -63,7 +64,10 @@ def _in_processes(
         jobs, mp_context=context, initializer=_start, initargs=(ticks, stop, config.threads)
     )
     try:
-        futures: dict[Future[list[Run]], Setting] = {pool.submit(_work, config, s, data): s for s in order}
+        with _interrupts_held():
+            futures: dict[Future[list[Run]], Setting] = {
+                pool.submit(_work, config, s, data): s for s in order
+            }
         waiting = set(futures)
         while waiting:
             finished, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
@@ -77,6 +81,19 @@ def _in_processes(
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits until the block ends; processes started inside never see it, not even while they import."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _drain(ticks: Any, report: Callable[[int], Any]) -> None:

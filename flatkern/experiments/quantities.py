@@ -62,16 +62,16 @@ _ALL = (
     ),
     Quantity(
         "log_volume_top3",
-        "log volume, top 3",
-        "Σⱼ₌₁..₃ ln σⱼ",
+        "log volume (top 3)",
+        "ln σ₁ + ln σ₂ + ln σ₃",
         "Mean of the sum of the natural logs of the three largest singular values of J = ∂f/∂x: how much a small ball "
         "of inputs is stretched along its three most stretched directions. Lower is more compressed.",
     ),
     Quantity(
         "log_volume",
-        "log volume, all",
+        "log volume (all)",
         "½ ln det JJᵀ",
-        "The same over all ten output directions: the log of the local volumetric ratio.",
+        "Mean of the sum of ln σⱼ over all ten singular values of J = ∂f/∂x: the log of the local volumetric ratio.",
     ),
     Quantity(
         "mls",
@@ -83,15 +83,15 @@ _ALL = (
     Quantity(
         "log_local_dimensionality",
         "log local dimension",
-        "ln D",
-        "D = (Tr C)²/Tr C² with C = JJᵀ, averaged over samples: the effective number of directions (1 to 10) in which "
-        "outputs move. Drawn as ln D. It does not change with scale, so flatness does not bound it.",
+        "ln d",
+        "d = (Tr C)²/Tr C² with C = JJᵀ, averaged over samples: the effective number of directions (1 to 10) in which "
+        "outputs move. Drawn as ln d. It does not change with scale, so flatness does not bound it.",
     ),
     Quantity(
         "local_dimensionality",
         "local dimension",
-        "D",
-        "D = (Tr C)²/Tr C² with C = JJᵀ, averaged over samples: the effective number of directions (1 to 10) in which "
+        "d",
+        "d = (Tr C)²/Tr C² with C = JJᵀ, averaged over samples: the effective number of directions (1 to 10) in which "
         "outputs move.",
     ),
     Quantity("generalization_gap", "generalization gap", "", "Test loss minus train loss, both as L."),

@@ -102,7 +102,7 @@ def full() -> DemoConfig:
         num_train=500,
         num_test=2000,
         num_probe=200,
-        steps=40_000,
+        steps=45_000,
         points=45,
         seeds=3,
         spectrum_samples=500,

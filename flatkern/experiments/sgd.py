@@ -9,12 +9,12 @@ gradient and no optimizer state exist. On one core this costs 0.14 to 0.2 ms a s
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BatchStream", "Ensemble", "build_mlp"]
+__all__ = ["BatchStream", "Ensemble", "build_mlp", "mlp_from"]
 
 
 def build_mlp(sizes: Sequence[int]) -> nn.Sequential:
@@ -24,6 +24,14 @@ def build_mlp(sizes: Sequence[int]) -> nn.Sequential:
         layers += [nn.Tanh()] if i else []
         layers.append(nn.Linear(a, b))
     return nn.Sequential(*layers)
+
+
+def mlp_from(sizes: Sequence[int], state: Mapping[str, Tensor]) -> nn.Sequential:
+    """An MLP with given weights; draws no random number on the way."""
+    with torch.device("meta"):
+        model = build_mlp(sizes)
+    model.load_state_dict(dict(state), assign=True)
+    return model
 
 
 class BatchStream:
@@ -104,13 +112,15 @@ class Ensemble:
 
     def member(self, k: int) -> nn.Sequential:
         """Network k as an ordinary module with a copy of the weights."""
-        model = build_mlp(self.sizes).to(self.weights[0].dtype)
-        linears = [m for m in model if isinstance(m, nn.Linear)]
-        with torch.no_grad():
-            for m, w, b in zip(linears, self.weights, self.biases, strict=True):
-                m.weight.copy_(w[k])
-                m.bias.copy_(b[k, 0])
-        return model
+        return mlp_from(self.sizes, self.state(k))
+
+    def state(self, k: int) -> dict[str, Tensor]:
+        """A copy of the weights of network k, named as in the module."""
+        found: dict[str, Tensor] = {}
+        for i, (w, b) in enumerate(zip(self.weights, self.biases, strict=True)):
+            # every other module is a tanh
+            found |= {f"{2 * i}.weight": w[k].clone(), f"{2 * i}.bias": b[k, 0].clone()}
+        return found
 
     def finite(self, k: int) -> bool:
         """Whether training of network k has not blown up."""

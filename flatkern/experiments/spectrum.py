@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 import flatkern as fk
 from flatkern.experiments.data import Dataset
 from flatkern.experiments.settings import DemoConfig
-from flatkern.experiments.sgd import build_mlp
+from flatkern.experiments.sgd import mlp_from
 from flatkern.experiments.training import Run
 
 __all__ = ["Spectrum", "final_spectrum"]
@@ -48,8 +48,7 @@ class Spectrum:
 def final_spectrum(config: DemoConfig, run: Run, data: Dataset, *, seed: int = 0) -> Spectrum:
     """Density, extreme eigenvalues and trace of the Hessian of the training loss on training samples."""
     started = time.perf_counter()
-    model = build_mlp(config.sizes(data.pixels))
-    model.load_state_dict(run.weights)
+    model = mlp_from(config.sizes(data.pixels), run.weights)
     part = data.train.first(config.spectrum_samples)
     hessian = fk.hessian(model, torch.nn.MSELoss(), (part.x, part.targets))
     density = fk.spectral_density(

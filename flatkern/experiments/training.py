@@ -90,13 +90,9 @@ def train_setting(
             pending = 0
     share = 1 / config.seeds
     wall, cpu = (time.perf_counter() - wall) * share, (time.process_time() - cpu) * share
-    return [Run(setting, k, rows[k], _state(networks, k), wall, cpu, diverged=k not in alive) for k in seeds]
+    return [Run(setting, k, rows[k], networks.state(k), wall, cpu, diverged=k not in alive) for k in seeds]
 
 
 def _take(table: Tensor, index: Tensor) -> Tensor:
     """Rows of a table [n, d] by indices [K, B]: [K, B, d]."""
     return table.index_select(0, index.flatten()).unflatten(0, index.shape)
-
-
-def _state(networks: Ensemble, k: int) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in networks.member(k).state_dict().items()}

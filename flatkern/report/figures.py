@@ -115,16 +115,16 @@ def _six(result: DemoResult, sweep: Sequence[Setting]) -> Callable[[], Figure]:
         figure = Figure(figsize=(11, 6.4), layout="constrained")
         for ax, key in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
             sweep_panel(ax, result, sweep, key)
-        _legend(figure, result, "band: lowest to highest seed · dot: train loss falls below")
+        _legend(figure, result)
         return figure
 
     return make
 
 
-def _legend(figure: Figure, result: DemoResult, note: str) -> None:
+def _legend(figure: Figure, result: DemoResult) -> None:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     handles.append(Line2D([], [], linestyle="none", marker="o", color=INK, markersize=4.5))
-    labels.append(f"{note} {result.config.last_phase:g}")
+    labels.append(f"train loss falls below {result.config.last_phase:g} (bands: lowest to highest seed)")
     figure.legend(handles, labels, loc="outside upper left", ncols=4)
 
 

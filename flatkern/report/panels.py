@@ -59,11 +59,15 @@ def _iterations(ax: Axes) -> None:
     ax.set_xlabel("iteration")
 
 
-def _log_values(ax: Axes) -> None:
+def _log_values(ax: Axes, *, decades: float = 9.0) -> None:
+    """A logarithmic value axis; over few decades 2 and 5 times the powers of ten have labels as well."""
     ax.set_yscale("log")
-    ax.yaxis.set_major_locator(LogLocator(numticks=7))
+    few = decades < 2.5
+    ax.yaxis.set_major_locator(
+        LogLocator(subs=(1.0, 2.0, 5.0), numticks=20) if few else LogLocator(numticks=7)
+    )
     ax.yaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_formatter(FuncFormatter(log_label))
+    ax.yaxis.set_major_formatter(FuncFormatter((lambda v, _: f"{v:g}") if few else log_label))
 
 
 def _table(runs: Sequence[Run], key: str) -> tuple[Array, Array]:
@@ -92,7 +96,7 @@ def sweep_panel(ax: Axes, result: DemoResult, sweep: Sequence[Setting], key: str
     if quantity.log_axis:
         _log_values(ax)
     else:
-        ax.yaxis.set_major_locator(MaxNLocator(5))
+        ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     ax.set_title(quantity.title)
     ax.set_ylabel(quantity.symbol)
 
@@ -126,7 +130,7 @@ def bound_panel(
                 annotation_clip=False,
             )
     _iterations(ax)
-    _log_values(ax)
+    _log_values(ax, decades=math.log10(limits[1] / limits[0]))
     ax.set_ylim(*limits)
     ax.set_title(setting.label)
 
@@ -171,8 +175,8 @@ def scatter_panel(ax: Axes, result: DemoResult, key: str) -> None:
             color=MUTED,
         )
     ax.margins(0.08, 0.16)
-    ax.xaxis.set_major_locator(MaxNLocator(5))
-    ax.yaxis.set_major_locator(MaxNLocator(5))
+    ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     ax.set_xlabel("√S at the end (flat to sharp)")
     ax.set_ylabel(quantity.symbol)
 
