@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_matrices, few_dims
-from ._registration import forward_rule, in_graph, register
+from ._registration import forward_rule, in_graph, quick, register
 from ._select import runs_compiled
 
 
@@ -53,6 +53,7 @@ def _raw(x: Tensor) -> Tensor:
     return value.reshape(*x.shape[:-1], x.shape[-2])
 
 
+@quick
 class _Gram(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor) -> Tensor:

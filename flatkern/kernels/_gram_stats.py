@@ -11,7 +11,7 @@ from . import _gram
 from ._checks import check_matrices, few_dims
 from ._gram import gram
 from ._reference import logdet, on_finite
-from ._registration import forward_rule, in_graph, register
+from ._registration import forward_rule, in_graph, quick, register
 from ._select import runs_compiled
 from ._spd_inverse import spd_inverse
 
@@ -86,6 +86,7 @@ def _raw(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return a.reshape(batch), b.reshape(batch), c.reshape(batch), d.reshape(batch)
 
 
+@quick
 class _GramStats(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -102,17 +103,20 @@ class _GramStats(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Tensor | None:
         x, value = ctx.saved_tensors
         g_logdet, g_trace, g_frobenius, _ = grads
-        wide, parts = x.double(), []
+        # the c × c factor first: x is larger, and is then multiplied once
+        factors = []
         if g_trace is not None:
-            parts.append(2 * g_trace[..., None, None] * wide)
+            identity = torch.eye(x.shape[-2], dtype=torch.float64, device=x.device)
+            factors.append(2 * g_trace[..., None, None] * identity)
         if g_logdet is not None or g_frobenius is not None:
             G = gram(x)
             if g_frobenius is not None:
-                parts.append(4 * g_frobenius[..., None, None] * (G @ wide))
+                factors.append(4 * g_frobenius[..., None, None] * G)
             if g_logdet is not None:
-                weight = 2 * on_finite(g_logdet, value)[..., None, None]
-                parts.append(weight * (spd_inverse(G) @ wide))
-        return sum(parts[1:], parts[0]).to(x.dtype) if parts else None
+                factors.append(2 * on_finite(g_logdet, value)[..., None, None] * spd_inverse(G))
+        if not factors:
+            return None
+        return (sum(factors[1:], factors[0]) @ x.double()).to(x.dtype)
 
     @staticmethod
     @forward_rule

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._checks import few_dims
 from ._reference import cholesky
-from ._registration import forward_rule, in_graph, register
+from ._registration import forward_rule, in_graph, quick, register
 from ._select import runs_compiled
 
 
@@ -35,6 +35,7 @@ def _symmetric(T: Tensor) -> Tensor:
     return (T + T.mT) / 2
 
 
+@quick
 class _SpdInverse(torch.autograd.Function):
     @staticmethod
     def forward(G: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._checks import check_matrices, few_dims
 from ._reference import logdet, on_finite
-from ._registration import forward_rule, in_graph, register
+from ._registration import forward_rule, in_graph, quick, register
 from ._select import runs_compiled
 from ._spd_inverse import spd_inverse
 
@@ -56,6 +56,7 @@ def _raw(G: Tensor) -> Tensor:
     return value.reshape(G.shape[:-2])
 
 
+@quick
 class _SpdLogdet(torch.autograd.Function):
     @staticmethod
     def forward(G: Tensor) -> Tensor:

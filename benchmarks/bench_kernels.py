@@ -1,0 +1,208 @@
+"""The kernels against torch's own operators, one thread, CPU time, both sides in the same run.
+
+    make bench                              with pytest-benchmark
+    python benchmarks/bench_kernels.py      the table of ratios; --json FILE writes it with the environment
+
+Random data, one warm-up call, then the two sides in turn; the ratio is that of the medians of the process's CPU
+time, so that a busy neighbour costs repetitions rather than truth. Memory traffic of a neighbour still shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from flatkern import kernels
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison: seconds of CPU time a call."""
+
+    kernel: str
+    dtype: str
+    n: int
+    c: int
+    d: int
+    ours: float
+    torch: float
+    against: str
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster ours is."""
+        return self.torch / self.ours
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def alternate(functions: list[Callable[[], object]], repeat: int) -> list[float]:
+    """Median CPU seconds of each function, called in turn."""
+    times: list[list[float]] = [[] for _ in functions]
+    for f in functions:
+        f()
+    for _ in range(repeat):
+        for f, seconds in zip(functions, times, strict=True):
+            start = time.process_time()
+            f()
+            seconds.append(time.process_time() - start)
+    return [statistics.median(t) for t in times]
+
+
+def spd(n: int, c: int, dtype: torch.dtype) -> Tensor:
+    x = torch.randn(n, c, 2 * c, dtype=dtype)
+    return x @ x.mT
+
+
+def logdet_rows(n: int, repeat: int) -> list[Row]:
+    out = []
+    for dtype in (torch.float32, torch.float64):
+        for c in (4, 8, 10, 16, 32):
+            G = spd(n, c, dtype)
+            ours, theirs = alternate(
+                [lambda G=G: kernels.spd_logdet(G), lambda G=G: torch.linalg.slogdet(G)], repeat
+            )
+            out.append(Row("spd_logdet", name_of(dtype), n, c, c, ours, theirs, "slogdet(G)"))
+    return out
+
+
+def stats_rows(n: int, repeat: int) -> list[Row]:
+    out = []
+    for c, d in ((4, 64), (8, 64), (10, 32), (10, 64), (10, 128), (10, 256), (10, 512), (16, 64), (32, 64)):
+        for dtype in (torch.float32, torch.float64):
+            x = torch.randn(n, c, d, dtype=dtype)
+            functions: list[Callable[[], object]] = [
+                lambda x=x: kernels.gram_stats(x),
+                lambda x=x: torch.linalg.slogdet(x @ x.mT),
+            ]
+            against = ["slogdet(x @ x.mT)"]
+            if dtype == torch.float32:  # what it takes in torch to have the accuracy of our accumulation
+                functions.append(lambda x=x: torch.linalg.slogdet((y := x.double()) @ y.mT))
+                against.append("y = x.double(); slogdet(y @ y.mT)")
+            ours, *others = alternate(functions, repeat)
+            for seconds, what in zip(others, against, strict=True):
+                out.append(Row("gram_stats", name_of(dtype), n, c, d, ours, seconds, what))
+    return out
+
+
+def backward_rows(n: int, repeat: int) -> list[Row]:
+    out = []
+    for dtype in (torch.float32, torch.float64):
+        G = spd(n, 10, dtype).requires_grad_()
+        x = torch.randn(n, 10, 64, dtype=dtype, requires_grad=True)
+
+        def through(f: Callable[[Tensor], Tensor], t: Tensor) -> Callable[[], object]:
+            return lambda: torch.autograd.grad(f(t).sum(), t)
+
+        pairs = [
+            ("spd_logdet + grad", G, 10, kernels.spd_logdet, lambda G: torch.linalg.slogdet(G).logabsdet),
+            (
+                "gram_stats + grad",
+                x,
+                64,
+                lambda x: kernels.gram_stats(x).logdet,
+                lambda x: torch.linalg.slogdet(x @ x.mT).logabsdet,
+            ),
+        ]
+        for name, t, d, mine, theirs in pairs:
+            ours, others = alternate([through(mine, t), through(theirs, t)], repeat)
+            out.append(Row(name, name_of(dtype), n, 10, d, ours, others, "slogdet and its backward"))
+    return out
+
+
+def processor() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.machine())
+
+
+def environment() -> dict[str, object]:
+    return {
+        "processor": processor(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "kernels": asdict(kernels.active()),
+    }
+
+
+def table(rows: list[Row]) -> str:
+    lines = [
+        "| kernel | dtype | n | c | d | ours, ms | torch, ms | times faster | against |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in rows:
+        lines.append(
+            f"| {r.kernel} | {r.dtype} | {r.n} | {r.c} | {r.d} | {r.ours * 1e3:.2f} | {r.torch * 1e3:.2f} "
+            f"| {r.ratio:.1f} | {r.against} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write rows and environment there")
+    parser.add_argument("-n", type=int, default=10_000, help="samples")
+    parser.add_argument("--repeat", type=int, default=9)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    rows = [
+        *logdet_rows(options.n, options.repeat),
+        *stats_rows(options.n, options.repeat),
+        *backward_rows(options.n, options.repeat),
+    ]
+    about = environment()
+    print(f"{about['processor']}, torch {about['torch']}, {kernels.active().isa}, one thread\n")
+    print(table(rows))
+    if options.json:
+        content = {"environment": about, "rows": [{**asdict(r), "ratio": r.ratio} for r in rows]}
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
+
+
+@DTYPES
+@pytest.mark.parametrize("c", [4, 10, 32])
+@pytest.mark.parametrize("who", ["flatkern", "torch"])
+def test_spd_logdet(benchmark, one_thread, dtype, c, who):
+    G = spd(10_000, c, dtype)
+    benchmark.group = f"spd_logdet c={c} {name_of(dtype)}"
+    benchmark(kernels.spd_logdet if who == "flatkern" else torch.linalg.slogdet, G)
+
+
+@DTYPES
+@pytest.mark.parametrize("d", [32, 128, 512])
+@pytest.mark.parametrize("who", ["flatkern", "torch"])
+def test_gram_stats(benchmark, one_thread, dtype, d, who):
+    x = torch.randn(2_000, 10, d, dtype=dtype)
+    benchmark.group = f"gram_stats c=10 d={d} {name_of(dtype)}"
+    benchmark(kernels.gram_stats if who == "flatkern" else lambda x: torch.linalg.slogdet(x @ x.mT), x)
+
+
+if __name__ == "__main__":
+    main()
