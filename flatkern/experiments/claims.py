@@ -114,7 +114,7 @@ def _ordering(key: str, words: str, sweep: Iterable[Setting], runs: Sequence[Run
     means = [float(np.mean(values[s])) for s in sweep]
     rises = all(a < b for a, b in itertools.pairwise(means))
     apart = all(max(values[a]) < min(values[b]) for a, b in itertools.pairwise(sweep))
-    numbers = (" < " if rises else ", ").join(f"{m:.3g}" for m in means).replace("-", "−")
+    numbers = (" < " if rises else ", ").join(f"{m:#.3g}" for m in means).replace("-", "−")
     by_rate = len({s.learning_rate for s in sweep}) > 1
     settings = ", ".join(f"{s.learning_rate:g}" if by_rate else str(s.batch_size) for s in sweep)
     settings = f"{'lr' if by_rate else 'batch'} {settings}"
