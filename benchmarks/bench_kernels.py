@@ -1,7 +1,7 @@
 """The kernels against torch's own operators, one thread, CPU time, both sides in the same run.
 
-    make bench                              with pytest-benchmark
-    python benchmarks/bench_kernels.py      the table of ratios; --json FILE writes it with the environment
+    make bench                            with pytest-benchmark
+    python -m benchmarks.bench_kernels    the table of ratios, and benchmarks/results/kernels.json
 
 Random data, one warm-up call, then the two sides in turn; the ratio is that of the medians of the process's CPU
 time, so that a busy neighbour costs repetitions rather than truth. Memory traffic of a neighbour still shows.
@@ -10,18 +10,14 @@ time, so that a busy neighbour costs repetitions rather than truth. Memory traff
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.timing import alternate, save
 from flatkern import kernels
 
 
@@ -48,17 +44,11 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def alternate(functions: list[Callable[[], object]], repeat: int) -> list[float]:
+def cpu_seconds(functions: list[Callable[[], object]], repeat: int) -> list[float]:
     """Median CPU seconds of each function, called in turn."""
-    times: list[list[float]] = [[] for _ in functions]
-    for f in functions:
-        f()
-    for _ in range(repeat):
-        for f, seconds in zip(functions, times, strict=True):
-            start = time.process_time()
-            f()
-            seconds.append(time.process_time() - start)
-    return [statistics.median(t) for t in times]
+    named = {str(i): f for i, f in enumerate(functions)}
+    times = alternate(named, dict.fromkeys(named, repeat))
+    return [times[name]["cpu_s"] for name in named]
 
 
 def spd(n: int, c: int, dtype: torch.dtype) -> Tensor:
@@ -71,7 +61,7 @@ def logdet_rows(n: int, repeat: int) -> list[Row]:
     for dtype in (torch.float32, torch.float64):
         for c in (4, 8, 10, 16, 32):
             G = spd(n, c, dtype)
-            ours, theirs = alternate(
+            ours, theirs = cpu_seconds(
                 [lambda G=G: kernels.spd_logdet(G), lambda G=G: torch.linalg.slogdet(G)], repeat
             )
             out.append(Row("spd_logdet", name_of(dtype), n, c, c, ours, theirs, "slogdet(G)"))
@@ -91,7 +81,7 @@ def stats_rows(n: int, repeat: int) -> list[Row]:
             if dtype == torch.float32:  # what it takes in torch to have the accuracy of our accumulation
                 functions.append(lambda x=x: torch.linalg.slogdet((y := x.double()) @ y.mT))
                 against.append("y = x.double(); slogdet(y @ y.mT)")
-            ours, *others = alternate(functions, repeat)
+            ours, *others = cpu_seconds(functions, repeat)
             for seconds, what in zip(others, against, strict=True):
                 out.append(Row("gram_stats", name_of(dtype), n, c, d, ours, seconds, what))
     return out
@@ -117,46 +107,14 @@ def backward_rows(n: int, repeat: int) -> list[Row]:
             ),
         ]
         for name, t, d, mine, theirs in pairs:
-            ours, others = alternate([through(mine, t), through(theirs, t)], repeat)
+            ours, others = cpu_seconds([through(mine, t), through(theirs, t)], repeat)
             out.append(Row(name, name_of(dtype), n, 10, d, ours, others, "slogdet and its backward"))
     return out
 
 
-def processor() -> str:
-    """The processor's name as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.machine())
-
-
-def environment() -> dict[str, object]:
-    return {
-        "processor": processor(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "kernels": asdict(kernels.active()),
-    }
-
-
-def table(rows: list[Row]) -> str:
-    lines = [
-        "| kernel | dtype | n | c | d | ours, ms | torch, ms | times faster | against |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for r in rows:
-        lines.append(
-            f"| {r.kernel} | {r.dtype} | {r.n} | {r.c} | {r.d} | {r.ours * 1e3:.2f} | {r.torch * 1e3:.2f} "
-            f"| {r.ratio:.1f} | {r.against} |"
-        )
-    return "\n".join(lines)
-
-
 def main() -> None:
+    """Compare everything in one run and write benchmarks/results/kernels.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write rows and environment there")
     parser.add_argument("-n", type=int, default=10_000, help="samples")
     parser.add_argument("--repeat", type=int, default=9)
     options = parser.parse_args()
@@ -167,12 +125,28 @@ def main() -> None:
         *stats_rows(options.n, options.repeat),
         *backward_rows(options.n, options.repeat),
     ]
-    about = environment()
-    print(f"{about['processor']}, torch {about['torch']}, {kernels.active().isa}, one thread\n")
-    print(table(rows))
-    if options.json:
-        content = {"environment": about, "rows": [{**asdict(r), "ratio": r.ratio} for r in rows]}
-        options.json.write_text(json.dumps(content, indent=1) + "\n")
+    for r in rows:
+        print(f"{r.kernel:20} {r.dtype:8} c={r.c:<3} d={r.d:<4} {r.ratio:5.1f}x  against {r.against}")
+    settings = {
+        "threads": 1,
+        "samples": options.n,
+        "data": "normal random rows; G = x xᵀ of [c, 2c] rows",
+        "timing": f"one warm-up each, calls interleaved, medians of {options.repeat}; CPU milliseconds",
+    }
+    table = [
+        {
+            "kernel": r.kernel,
+            "dtype": r.dtype,
+            "c": r.c,
+            "d": r.d,
+            "flatkern_ms": 1e3 * r.ours,
+            "torch_ms": 1e3 * r.torch,
+            "against": r.against,
+            "ratio": r.ratio,
+        }
+        for r in rows
+    ]
+    print("written:", save("kernels", settings, table))
 
 
 @pytest.fixture

@@ -20,7 +20,9 @@ import flatkern as fk
 RESULTS = Path(__file__).parent / "results"
 
 
-def alternate(functions: dict[str, Callable[[], object]], rounds: dict[str, int]) -> dict[str, dict[str, float]]:
+def alternate(
+    functions: dict[str, Callable[[], object]], rounds: dict[str, int]
+) -> dict[str, dict[str, float]]:
     """Median CPU and wall seconds of each function, taken in turns so that a noisy moment hits all alike.
 
     Args:
@@ -41,7 +43,11 @@ def alternate(functions: dict[str, Callable[[], object]], rounds: dict[str, int]
             cpu[name].append(time.process_time() - begun_cpu)
             wall[name].append(time.perf_counter() - begun)
     return {
-        name: {"cpu_s": statistics.median(cpu[name]), "wall_s": statistics.median(wall[name]), "calls": len(cpu[name])}
+        name: {
+            "cpu_s": statistics.median(cpu[name]),
+            "wall_s": statistics.median(wall[name]),
+            "calls": len(cpu[name]),
+        }
         for name in functions
     }
 
@@ -58,7 +64,11 @@ def environment() -> dict[str, Any]:
         pass
     try:
         commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True, check=True
+            ["git", "rev-parse", "--short", "HEAD"],
+            cwd=RESULTS.parent,
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"

@@ -14,7 +14,9 @@ import flatkern
 
 ROOT = Path(__file__).parents[2]
 NATIVE = ("_C", "_native")
-MODULES = [m.name for m in pkgutil.walk_packages(flatkern.__path__, "flatkern.") if not m.name.endswith(NATIVE)]
+MODULES = [
+    m.name for m in pkgutil.walk_packages(flatkern.__path__, "flatkern.") if not m.name.endswith(NATIVE)
+]
 
 
 @pytest.mark.parametrize("name", MODULES)
