@@ -91,7 +91,10 @@ def _parser() -> argparse.ArgumentParser:
         "--seeds", type=_positive, metavar="N", help="networks a setting (3; --quick and --paper 2)"
     )
     demo.add_argument(
-        "--steps", type=_positive, metavar="N", help="iterations of SGD (45000; --quick 5000; --paper 750000)"
+        "--steps",
+        type=_positive,
+        metavar="N",
+        help="iterations of SGD (45000; --quick 6000; --paper 750000; more for --data digits)",
     )
     demo.add_argument(
         "--jobs", type=_positive, metavar="N", help="processes at a time (one a core, at most five)"
@@ -133,11 +136,11 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     started = time.perf_counter()
     preset = settings.quick() if arguments.quick else settings.paper() if arguments.paper else settings.full()
-    asked = {
-        k: getattr(arguments, k) for k in ("output", "data", "root", "seeds", "steps", "jobs", "threads")
-    }
+    asked = {k: getattr(arguments, k) for k in ("output", "root", "seeds", "steps", "jobs", "threads")}
     try:
-        config = replace(preset, **{k: v for k, v in asked.items() if v is not None})
+        config = replace(
+            settings.for_data(preset, arguments.data), **{k: v for k, v in asked.items() if v is not None}
+        )
         with _terminated_is_interrupted():
             result = run_demo(config, say=lambda text: print(text, file=sys.stderr))
     except UserError as error:
@@ -172,7 +175,7 @@ def _print_summary(result: DemoResult, seconds: float) -> None:
 
     from flatkern.report.tables import number, summary_table
 
-    summary = summary_table(result)
+    summary = summary_table(result, most_decimals=2)
     title = f"At the end of training, mean ± sd over {result.config.seeds} seeds"
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
     # what fits into 80 columns; the page has the rest

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -66,22 +66,28 @@ def judge(config: DemoConfig, runs: Sequence[Run], correlations: Sequence[Correl
     """All claims, those about trends only where the last phase of learning was reached."""
     trained = [run for run in runs if not run.diverged]
     claims = [_interpolation(config, runs)]
+    trends: list[Claim] = []
     for key in ("sqrt_sharpness", "log_volume_top3", "mls", "nmls"):
-        claims.append(
+        trends.append(
             _ordering(key, "a higher learning rate gives a lower", config.rate_sweep[::-1], trained)
         )
     for key in ("sqrt_sharpness", "log_volume_top3", "mls", "nmls"):
-        claims.append(_ordering(key, "a smaller batch gives a lower", config.batch_sweep, trained))
-    claims += [
+        trends.append(_ordering(key, "a smaller batch gives a lower", config.batch_sweep, trained))
+    trends += [
         _link(c)
         for c in correlations
         if c.first == "sqrt_sharpness" and c.second in ("log_volume_top3", "mls", "nmls")
     ]
-    claims += [
+    trends += [
         _no_link(c) for c in correlations if (c.first, c.second) == ("sqrt_sharpness", "local_dimensionality")
     ]
-    claims.append(_in_time(config, trained, "log_volume_top3"))
-    claims.append(_in_time(config, trained, "mls"))
+    trends.append(_in_time(config, trained, "log_volume_top3"))
+    trends.append(_in_time(config, trained, "mls"))
+    early = sum(not run.final("train_loss") < config.last_phase for run in runs)
+    if early:
+        why = f"{early} of {len(runs)} runs did not reach the last phase (train loss below {config.last_phase:g})"
+        trends = [replace(c, verdict=UNDECIDED, detail=f"{why}; {c.detail}") for c in trends]
+    claims += trends
     claims += [_bound(check) for check in check_inequalities(runs)]
     return claims
 

@@ -121,7 +121,3 @@ class Ensemble:
             # every other module is a tanh
             found |= {f"{2 * i}.weight": w[k].clone(), f"{2 * i}.bias": b[k, 0].clone()}
         return found
-
-    def finite(self, k: int) -> bool:
-        """Whether training of network k has not blown up."""
-        return all(bool(torch.isfinite(t[k]).all()) for t in (*self.weights, *self.biases))

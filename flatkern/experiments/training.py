@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from flatkern.experiments.data import Dataset
-from flatkern.experiments.measure import measure, unmeasured
+from flatkern.experiments.measure import evaluate, measure, unmeasured
 from flatkern.experiments.schedule import log_schedule
 from flatkern.experiments.settings import DemoConfig, Setting
 from flatkern.experiments.sgd import BatchStream, Ensemble
@@ -19,6 +19,8 @@ __all__ = ["Row", "Run", "train_setting"]
 Row = dict[str, float | int | str]
 TICK = 100
 """Steps between two reports of progress."""
+DIVERGED = 1e4
+"""A training loss this large, or NaN, has diverged: the loss of a constant is below 1."""
 
 
 @dataclass
@@ -78,8 +80,10 @@ def train_setting(
                     "seed": k,
                     "step": step,
                 }
-                if networks.finite(k):
-                    rows[k].append(row | measure(networks.member(k), probe, data.train, data.test))
+                model = networks.member(k)
+                # a diverging network has no geometry worth the name long before its weights overflow
+                if evaluate(model, data.train).loss < DIVERGED:
+                    rows[k].append(row | measure(model, probe, data.train, data.test))
                 else:
                     rows[k].append(row | unmeasured())
                     alive.discard(k)

@@ -68,7 +68,7 @@ def number(value: float, digits: int = 3) -> str:
     return f"{value:.{min(decimals, 4)}f}".replace("-", "−")
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], most_decimals: int = 4) -> str:
     """Mean ± standard deviation; the mean alone where there is one value."""
     finite = [v for v in values if math.isfinite(v)]
     if not finite:
@@ -83,7 +83,7 @@ def spread(values: Sequence[float]) -> str:
         return f"({mean / scale:.1f} ± {deviation / scale:.1f})e{exponent}".replace("-", "−")
     # as many decimals as the deviation's first digit is worth, one more where that digit is a 1
     decimals = 2 if deviation == 0 else max(0, -math.floor(math.log10(deviation / 1.95)))
-    decimals = min(decimals, 4)
+    decimals = min(decimals, most_decimals)
     return f"{mean:.{decimals}f} ± {deviation:.{decimals}f}".replace("-", "−")
 
 
@@ -92,7 +92,7 @@ def _heading(key: str) -> tuple[str, str]:
     return (q.symbol if key == "sqrt_sharpness" else q.title), q.definition
 
 
-def summary_table(result: DemoResult) -> Table:
+def summary_table(result: DemoResult, most_decimals: int = 4) -> Table:
     """One line a setting: mean ± standard deviation over seeds, at the end of training."""
     rows = []
     for setting in result.config.settings:
@@ -104,7 +104,7 @@ def summary_table(result: DemoResult) -> Table:
         for key in SUMMARY:
             values = [final_value(r, key) for r in runs]
             finite = [v for v in values if math.isfinite(v)]
-            line.append(Cell(spread(values), statistics.fmean(finite) if finite else math.nan))
+            line.append(Cell(spread(values, most_decimals), statistics.fmean(finite) if finite else math.nan))
         rows.append(line)
     headings = [("lr", "Learning rate of plain SGD."), ("batch", "Samples a step."), *map(_heading, SUMMARY)]
     return Table(headings, rows)

@@ -10,7 +10,7 @@ from torch import nn
 from flatkern.experiments.data import Dataset, load
 from flatkern.experiments.parallel import train_all
 from flatkern.experiments.schedule import log_schedule
-from flatkern.experiments.settings import DemoConfig, Setting, full, paper, quick
+from flatkern.experiments.settings import DemoConfig, Setting, for_data, full, paper, quick
 from flatkern.experiments.sgd import BatchStream, Ensemble, build_mlp
 from flatkern.experiments.training import train_setting
 
@@ -133,3 +133,13 @@ def test_progress_adds_up_to_all_steps(data: Dataset) -> None:
     told: list[int] = []
     train_setting(tiny(steps=130), Setting(0.5, 8), data, told.append)
     assert sum(told) == 2 * 130
+
+
+def test_other_images_have_settings_of_their_own() -> None:
+    assert for_data(full(), "digits-mnist") == full()
+    assert for_data(full(), "fashion-mnist").learning_rates == (0.5, 1.0, 1.5)
+    digits = for_data(full(), "digits")
+    assert digits.num_train is not None
+    assert digits.num_test is not None
+    assert digits.num_train + digits.num_test <= 1797
+    assert for_data(paper(), "fashion-mnist") == replace(paper(), data="fashion-mnist")

@@ -130,14 +130,17 @@ def test_a_violated_inequality_is_counted(demo: DemoResult) -> None:
 
 
 def test_trends_are_judged_by_the_numbers(demo: DemoResult) -> None:
-    """Swap the outer learning rates: every ordering by rate must turn round."""
-    rates = demo.config.learning_rates
-    swapped = replace(demo.config, learning_rates=rates[::-1])
-    before = [c for c in judge(demo.config, demo.runs, []) if "learning rate" in c.statement]
-    after = [c for c in judge(swapped, demo.runs, []) if "learning rate" in c.statement]
-    assert len(before) == len(after) == 4
-    for a, b in zip(before, after, strict=True):
-        assert not (a.verdict == b.verdict == "held")
+    """Every verdict on a learning rate must be the order of the means, forwards and with the rates swapped."""
+    for rates in (demo.config.learning_rates, demo.config.learning_rates[::-1]):
+        config = replace(demo.config, learning_rates=rates, last_phase=10.0)
+        claims = [c for c in judge(config, demo.runs, []) if "learning rate" in c.statement]
+        assert len(claims) == 4
+        for claim, key in zip(claims, ("sqrt_sharpness", "log_volume_top3", "mls", "nmls"), strict=True):
+            means = [
+                sum(r.final(key) for r in demo.runs if r.setting == s) for s in reversed(config.rate_sweep)
+            ]
+            expected = "held" if means[0] < means[1] < means[2] else "did not hold"
+            assert claim.verdict == expected
 
 
 def test_a_diverged_run_is_said_and_left_out(demo: DemoResult) -> None:
@@ -152,3 +155,12 @@ def test_a_diverged_run_is_said_and_left_out(demo: DemoResult) -> None:
         "nan"
         not in re.sub(r"<style>.*?</style>|<script>.*?</script>|<svg.*?</svg>", "", html, flags=re.S).lower()
     )
+
+
+def test_trends_are_undecided_before_the_last_phase(demo: DemoResult) -> None:
+    config = replace(demo.config, last_phase=1e-30)
+    claims = judge(config, demo.runs, demo.correlations)
+    trends = [c for c in claims if c.statement.startswith(("At the end", "Across runs", "Within"))]
+    assert len(trends) == 14
+    assert {c.verdict for c in trends} == {"undecided"}
+    assert "did not reach the last phase" in trends[0].detail
