@@ -214,7 +214,7 @@ def _measure(
         layer_sigma=torch.stack(top) if top else zero.new_zeros(0, n),
         calls=calls,
         input_norms=tuple(
-            call.checked_inputs().flatten(1).square().sum(1, dtype=torch.float64) for call in calls
+            call.checked_inputs().reshape(lin.n, -1).square().sum(1, dtype=torch.float64) for call in calls
         ),
         weight_gradients=weights,
         sole=tuple(is_sole_consumer(lin.output, call) for call in calls),
@@ -292,7 +292,7 @@ def _assemble(x: Tensor, chunks: list[_Chunk], has_parameters: bool, seconds: fl
             sole_consumer=first.sole[i],
             takes_model_input=first.direct[i],
         )
-    input_norm_sq = x.flatten(1).square().sum(1, dtype=torch.float64)
+    input_norm_sq = x.reshape(len(x), -1).square().sum(1, dtype=torch.float64)
     notes = list(dict.fromkeys(note for c in chunks for note in c.notes))
     if first.outputs > x[0].numel():
         notes.append(

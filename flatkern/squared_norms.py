@@ -32,7 +32,7 @@ class SquaredNorms:
 
 def with_rows(rows: Tensor | None, cotangent: Tensor, block: slice, total: int) -> Tensor:
     """Cotangents [k, n, ...] put into the rows [n, K, features] of each sample; a view where they are all there is."""
-    flat = cotangent.flatten(2).transpose(0, 1)
+    flat = cotangent.reshape(*cotangent.shape[:2], -1).transpose(0, 1)
     if flat.shape[1] == total:
         return flat
     if rows is None:

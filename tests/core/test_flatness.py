@@ -162,3 +162,47 @@ def test_works_under_no_grad_and_inference_mode():
     with torch.inference_mode():
         assert fk.sharpness(model, x * 1.0).value == pytest.approx(s)
         assert fk.log_volume(model, x * 1.0).values.shape == (7,)
+
+
+class _Reorders(nn.Module):
+    """A layer that works on samples in another order, or with the samples on axis 1."""
+
+    def __init__(self, there, back):
+        super().__init__()
+        self.a, self.b, self.there, self.back = nn.Linear(4, 4), nn.Linear(4, 2), there, back
+
+    def forward(self, x):
+        return self.b(self.back(torch.tanh(self.a(self.there(x)))).flatten(1)[:, :4])
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+@pytest.mark.parametrize(
+    ("shape", "there", "back"),
+    [
+        ((4,), lambda x: x.flip(0), lambda z: z.flip(0)),
+        ((3, 4), lambda x: x.transpose(0, 1), lambda z: z.transpose(0, 1)),
+        ((2, 4), lambda x: x.transpose(0, 1), lambda z: z.transpose(0, 1)),
+        ((3, 4), lambda x: x.reshape(-1, 4), lambda z: z.reshape(-1, 3, 4)),
+        ((4,), lambda x: x.unsqueeze(0), lambda z: z.squeeze(0)),
+    ],
+)
+def test_layers_with_their_samples_elsewhere_take_the_fallback(n, shape, there, back):
+    """Also where a shape cannot tell: a sequence as long as the batch, samples in another order."""
+    model, x = _Reorders(there, back).double(), torch.randn(n, *shape).double()
+    exact = sum(j.square().sum((1, 2)) for j in parameter_jacobian(model, x).values())
+    torch.testing.assert_close(fk.sharpness(model, x).per_sample, exact)
+
+
+def test_inputs_that_are_single_numbers():
+    class Curve(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(1, 3)
+
+        def forward(self, x):
+            return self.a(x.unsqueeze(1)).sin()
+
+    model, x = Curve().double(), torch.randn(4).double()
+    g = fk.geometry(model, x)
+    slope = model.a.weight.detach()[:, 0] * torch.cos(model.a(x.unsqueeze(1)).detach())
+    torch.testing.assert_close(g.max_sensitivity.values, slope.norm(dim=1))
