@@ -113,20 +113,24 @@ def _probe(
 
 
 def _touched_by_others(output: Tensor, calls: Sequence[LayerCall]) -> frozenset[str]:
-    """Layers where a cotangent of the first sample alone shows outside row 0 of axis 0.
+    """Layers where the cotangent of one sample alone shows in another sample's row of axis 0.
 
-    Shapes cannot tell a sequence axis of the same length, or samples in another order, from the samples' axis.
+    Shapes cannot tell a sequence axis of the same length, or samples in another order, from the samples' axis. Each
+    sample is tried: one that reads only the matching position would pass alone.
     """
     reached = [(c.name, c.output_edge) for c in calls if c.output_edge is not None]
+    strays: list[tuple[str, Tensor]] = []
     if output.grad_fn is None or not reached:
         return frozenset()
-    root = torch.zeros_like(output)
-    weights = torch.arange(
-        1, root[0].numel() + 1, dtype=torch.float32, device=root.device
-    ).cos()  # nothing cancels
-    root[0] = weights.reshape(root[0].shape)
-    found = torch.autograd.grad(output, [edge for _, edge in reached], root, allow_unused=True)
-    strays = [(name, g[1:].abs().sum()) for (name, _), g in zip(reached, found, strict=True) if g is not None]
+    weights = torch.arange(1, output[0].numel() + 1, dtype=torch.float32, device=output.device).cos()
+    for sample in range(len(output)):
+        root = torch.zeros_like(output)
+        root[sample] = weights.reshape(root[sample].shape)  # uneven, so that nothing cancels
+        edges = [edge for _, edge in reached]
+        found = torch.autograd.grad(output, edges, root, retain_graph=True, allow_unused=True)
+        for (name, _), g in zip(reached, found, strict=True):
+            if g is not None:
+                strays += [(name, part.abs().sum()) for part in (g[:sample], g[sample + 1 :])]
     if not strays:
         return frozenset()
     flags = (torch.stack([stray for _, stray in strays]) != 0).tolist()  # one synchronization for all layers
