@@ -9,73 +9,62 @@ comes in two forms: its product with a vector, and a square root S (S Sᵀ = H) 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Loss", "resolve_loss"]
+from flatkern import _loss_forms as forms
+from flatkern._loss import Loss, Reduction, check_classes, classes_second, identity_cotangents
 
-Reduction = Literal["mean", "sum"]
-LossFunction = Callable[[Tensor, Tensor], Tensor]
+__all__ = ["Loss", "Reduction", "TokenCrossEntropyLoss", "identity_cotangents", "resolve_loss"]
 
 
-@dataclass(frozen=True)
-class Loss:
-    """A loss split into numerator and denominator; see the module's text.
+class TokenCrossEntropyLoss(nn.CrossEntropyLoss):
+    """Cross-entropy with the classes on the LAST axis: outputs [B, T, V] (or [n, ..., C]), targets [B, T].
 
-    Attributes:
-        name: what it is called in results.
-        reduction: ``"mean"`` (divide by Σ denominators) or ``"sum"`` (divide by 1).
-        numerator: (output, target) → scalar, the sum over samples; differentiable in the output.
-        weight: (output, target) → this batch's part of the mean's denominator, 0-d.
-        product: (output, target, v [..., *output]) → H v of the numerator; ``None``: not known in closed form.
-        root: (output, target) → cotangents S [K, *output] with Σ_k s_k s_kᵀ = H; ``None`` likewise.
+    ``nn.CrossEntropyLoss`` has them on axis 1, [B, V, T]. Class weights, ``ignore_index``, ``label_smoothing`` and
+    ``reduction`` are those of ``nn.CrossEntropyLoss``; a mean divides by the summed weights of the kept tokens of the
+    WHOLE data set. Probability targets [B, T, V] are taken as well. Cost: no copy beyond torch's own.
+
+    Example:
+        >>> import torch
+        >>> from flatkern.losses import TokenCrossEntropyLoss
+        >>> TokenCrossEntropyLoss()(torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.long))
+        tensor(1.3863)
     """
 
-    name: str
-    reduction: Reduction
-    numerator: LossFunction
-    weight: LossFunction
-    product: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
-    root: LossFunction | None = None
-
-    def denominator(self, total_weight: Tensor | float) -> float:
-        """What the summed numerators are divided by, from the summed weights; raises where it is not positive."""
-        if self.reduction == "sum":
-            return 1.0
-        value = float(total_weight)
-        if not value > 0:
-            raise ValueError("loss_fn: the mean's denominator is 0 (are all targets ignored?)")
-        return value
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of outputs [..., C] at class indices [...] or probabilities [..., C]."""
+        check_classes(input, target, -1)
+        classes_last = target.is_floating_point()
+        return super().forward(classes_second(input), classes_second(target) if classes_last else target)
 
 
 def resolve_loss(loss_fn: object, reduction: Reduction | None = None) -> Loss:
     """Recognise a loss function.
 
     Args:
-        loss_fn: ``nn.CrossEntropyLoss`` (class weights, label smoothing, ignore_index, probability targets),
-            ``nn.MSELoss``, ``nn.BCEWithLogitsLoss``, or any callable (output, target) → scalar that is a sum or a mean
-            over samples.
+        loss_fn: ``nn.CrossEntropyLoss`` (class weights, label smoothing, ignore_index, probability targets; classes on
+            axis 1), :class:`TokenCrossEntropyLoss` (classes last), ``nn.NLLLoss``, ``nn.MSELoss``,
+            ``nn.BCEWithLogitsLoss``, ``nn.HuberLoss``, ``nn.SmoothL1Loss``, the functions of
+            ``torch.nn.functional`` of these names (with their default arguments), or any callable (output, target) →
+            scalar that is a sum or a mean over samples.
         reduction: required for a callable; for the losses of torch it is theirs.
 
     Raises:
         TypeError: not callable.
         ValueError: ``reduction`` missing, contradicting, or ``"none"``.
     """
-    if isinstance(loss_fn, (nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss)):
-        own = loss_fn.reduction
-        if own not in ("mean", "sum"):
-            raise ValueError(f"loss_fn: reduction={own!r} gives no scalar; use 'mean' or 'sum'")
-        if reduction is not None and reduction != own:
-            raise ValueError(f"reduction: {reduction!r} contradicts loss_fn.reduction={own!r}; leave it out")
-        kind: Reduction = "mean" if own == "mean" else "sum"
-        if isinstance(loss_fn, nn.CrossEntropyLoss):
-            return _cross_entropy(loss_fn, kind)
-        return _mse(kind) if isinstance(loss_fn, nn.MSELoss) else _bce_with_logits(loss_fn, kind)
+    with contextlib.suppress(TypeError):  # unhashable
+        loss_fn = _FUNCTIONS.get(loss_fn, lambda: loss_fn)()
+    for kind, make in _KNOWN:
+        # a subclass with a forward of its own is another loss: it is taken as a callable
+        if isinstance(loss_fn, kind) and type(loss_fn).forward is kind.forward:
+            return make(loss_fn, _own_reduction(loss_fn, reduction))
     if not callable(loss_fn):
         raise TypeError(
             f"loss_fn: expected a callable (output, target) -> scalar, got {type(loss_fn).__name__}"
@@ -85,6 +74,15 @@ def resolve_loss(loss_fn: object, reduction: Reduction | None = None) -> Loss:
             "reduction: say 'mean' or 'sum' for a loss_fn that is not one of torch's loss modules"
         )
     return _from_callable(loss_fn, reduction)
+
+
+def _own_reduction(loss_fn: Any, reduction: Reduction | None) -> Reduction:
+    own: Reduction = loss_fn.reduction
+    if own not in ("mean", "sum"):
+        raise ValueError(f"loss_fn: reduction={own!r} gives no scalar; use 'mean' or 'sum'")
+    if reduction is not None and reduction != own:
+        raise ValueError(f"reduction: {reduction!r} contradicts loss_fn.reduction={own!r}; leave it out")
+    return own
 
 
 def _from_callable(loss_fn: Callable[..., Tensor], reduction: Reduction) -> Loss:
@@ -100,139 +98,24 @@ def _from_callable(loss_fn: Callable[..., Tensor], reduction: Reduction) -> Loss
         reduction,
         numerator,
         lambda output, _: output.new_tensor(float(len(output)), dtype=torch.float64),
+        callable=True,
     )
 
 
-def _numel(output: Tensor, _: Tensor) -> Tensor:
-    return output.new_tensor(float(output.numel()), dtype=torch.float64)
-
-
-def _same_shape(output: Tensor, target: Tensor) -> None:
-    # torch broadcasts with a mere warning, which turns [n, 1] against [n] into n² residuals
-    if output.shape != target.shape:
-        raise ValueError(
-            f"target: shape {tuple(target.shape)} differs from the output's {tuple(output.shape)}"
-        )
-
-
-def _mse(reduction: Reduction) -> Loss:
-    """Numerator Σ (f − y)² (no ½), so H = 2 I; the mean divides by the number of output ENTRIES."""
-
-    def numerator(output: Tensor, target: Tensor) -> Tensor:
-        _same_shape(output, target)
-        return (output - target).square().sum()
-
-    def root(output: Tensor, _: Tensor) -> Tensor:
-        return identity_cotangents(output) * 2**0.5
-
-    return Loss("MSELoss", reduction, numerator, _numel, lambda _o, _t, v: 2 * v, root)
-
-
-def _bce_with_logits(loss_fn: nn.BCEWithLogitsLoss, reduction: Reduction) -> Loss:
-    """H = w (1 + (pos_weight − 1) t) σ(1 − σ), diagonal; the mean divides by the number of output entries."""
-
-    def numerator(output: Tensor, target: Tensor) -> Tensor:
-        _same_shape(output, target)
-        return F.binary_cross_entropy_with_logits(
-            output, target, weight=loss_fn.weight, pos_weight=loss_fn.pos_weight, reduction="sum"
-        )
-
-    def diagonal(output: Tensor, target: Tensor) -> Tensor:
-        curvature = torch.sigmoid(output) * torch.sigmoid(-output)
-        if loss_fn.pos_weight is not None:
-            curvature = curvature * (1 + (loss_fn.pos_weight - 1) * target)
-        return curvature if loss_fn.weight is None else curvature * loss_fn.weight
-
-    def root(output: Tensor, target: Tensor) -> Tensor:
-        return identity_cotangents(output) * diagonal(output, target).sqrt()
-
-    return Loss("BCEWithLogitsLoss", reduction, numerator, _numel, lambda o, t, v: diagonal(o, t) * v, root)
-
-
-def _cross_entropy(loss_fn: nn.CrossEntropyLoss, reduction: Reduction) -> Loss:
-    """H_i = ω_i (diag p − p pᵀ) for every position; classes on axis 1, as torch has it.
-
-    ω_i = (1 − ε) w_{y_i} + (ε/C) Σ_c w_c for class indices (0 where ignored) and Σ_c w_c ((1 − ε) q_ic + ε/C) for
-    probability targets q. The mean's denominator is Σ_i w_{y_i} over the kept positions for indices and the number of
-    positions for probabilities.
-    """
-    weight, smoothing, ignore = loss_fn.weight, loss_fn.label_smoothing, loss_fn.ignore_index
-
-    def class_weights(output: Tensor) -> Tensor:
-        return output.new_ones(output.shape[1]) if weight is None else weight.to(output)
-
-    def numerator(output: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(
-            output, target, weight=weight, ignore_index=ignore, reduction="sum", label_smoothing=smoothing
-        )
-
-    def label_weights(output: Tensor, target: Tensor) -> Tensor:
-        kept = target != ignore
-        return class_weights(output)[torch.where(kept, target, 0)] * kept
-
-    def denominator(output: Tensor, target: Tensor) -> Tensor:
-        if target.is_floating_point():
-            return output.new_tensor(float(output.numel() // output.shape[1]), dtype=torch.float64)
-        return label_weights(output, target).sum(dtype=torch.float64)
-
-    def omega(output: Tensor, target: Tensor) -> Tensor:
-        w, classes = class_weights(output), output.shape[1]
-        if target.is_floating_point():
-            smoothed = (1 - smoothing) * target + smoothing / classes
-            return torch.tensordot(smoothed.movedim(1, -1), w, dims=1)
-        kept = target != ignore
-        return (1 - smoothing) * label_weights(output, target) + smoothing / classes * w.sum() * kept
-
-    def product(output: Tensor, target: Tensor, v: Tensor) -> Tensor:
-        p = output.softmax(1)
-        axis = v.ndim - output.ndim + 1
-        # H takes a constant to 0: measured from the likeliest class, nothing cancels where p is nearly 1
-        top = output.argmax(1, keepdim=True)
-        v = v - v.gather(axis, top.expand(*v.shape[: axis - 1], *top.shape))
-        mean = (p * v).sum(axis, keepdim=True)
-        return omega(output, target).unsqueeze(1) * p * (v - mean)
-
-    def root(output: Tensor, target: Tensor) -> Tensor:
-        return _softmax_root(output) * omega(output, target).sqrt().unsqueeze(1)
-
-    return Loss("CrossEntropyLoss", reduction, numerator, denominator, product, root)
-
-
-def _softmax_root(output: Tensor) -> Tensor:
-    """Cotangents S [(C − 1)·T, n, C, ...] with S Sᵀ = diag p − p pᵀ at each of the T positions of a sample.
-
-    S₀ = diag √p − p √pᵀ has S₀ S₀ᵀ = diag p − p pᵀ and S₀ √p = 0, so C − 1 columns suffice: S₀ times an orthonormal
-    basis of √p^⊥, taken from the Householder reflection that maps the unit vector of the largest entry to −√p.
-    """
-    n, classes = output.shape[:2]
-    p = output.softmax(1).movedim(1, -1)  # [n, *positions, C]
-    root_p = p.sqrt()
-    top = p.argmax(-1, keepdim=True)
-    e_top = torch.zeros_like(p).scatter_(-1, top, 1.0)
-    u = root_p + e_top  # ‖u‖² = 2 (1 + √p_top): no cancellation, whatever p
-    scale = 2 / u.square().sum(-1, keepdim=True)
-    # columns of (I − scale u uᵀ) except column `top`, as rows: others [n, *positions, C − 1] are their indices
-    everything = torch.arange(classes, device=p.device).expand_as(p)
-    others = everything.masked_select(e_top == 0).reshape(*p.shape[:-1], classes - 1)
-    picked = torch.zeros(*p.shape[:-1], classes - 1, classes, dtype=p.dtype, device=p.device)
-    picked.scatter_(-1, others.unsqueeze(-1), 1.0)
-    basis = picked - (scale * u.gather(-1, others)).unsqueeze(-1) * u.unsqueeze(-2)
-    # basis rows are orthogonal to √p exactly in exact arithmetic; S₀ b = √p ∘ b − p ⟨√p, b⟩ = √p ∘ b, kept in full for
-    # rounding
-    inner = (basis * root_p.unsqueeze(-2)).sum(-1, keepdim=True)
-    rows = root_p.unsqueeze(-2) * basis - p.unsqueeze(-2) * inner  # [n, *positions, C − 1, C]
-    positions = p.shape[1:-1].numel()
-    rows = rows.reshape(n, positions, classes - 1, classes)
-    if positions == 1:
-        return rows.movedim(2, 0).reshape(classes - 1, *output.shape)
-    spread = torch.zeros(positions, classes - 1, n, classes, positions, dtype=p.dtype, device=p.device)
-    for_all = torch.arange(positions, device=p.device)
-    spread[for_all, :, :, :, for_all] = rows.permute(1, 2, 0, 3)
-    return spread.reshape(positions * (classes - 1), *output.shape)
-
-
-def identity_cotangents(output: Tensor) -> Tensor:
-    """The unit cotangents of one sample's N output entries, for all samples: [N, n, *output.shape[1:]]."""
-    n, entries = len(output), output[0].numel()
-    eye = torch.eye(entries, dtype=output.dtype, device=output.device)
-    return eye.reshape(entries, 1, *output.shape[1:]).expand(entries, n, *output.shape[1:])
+_KNOWN: tuple[tuple[type[nn.Module], Callable[[Any, Reduction], Loss]], ...] = (
+    (TokenCrossEntropyLoss, forms.token_cross_entropy),
+    (nn.CrossEntropyLoss, forms.cross_entropy),
+    (nn.MSELoss, lambda _, reduction: forms.mse(reduction)),
+    (nn.BCEWithLogitsLoss, forms.bce_with_logits),
+    (nn.NLLLoss, forms.nll),
+    (nn.HuberLoss, forms.huber),
+    (nn.SmoothL1Loss, forms.huber),
+)
+_FUNCTIONS: dict[Any, Callable[[], object]] = {
+    F.cross_entropy: nn.CrossEntropyLoss,
+    F.mse_loss: nn.MSELoss,
+    F.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
+    F.nll_loss: nn.NLLLoss,
+    F.huber_loss: nn.HuberLoss,
+    F.smooth_l1_loss: nn.SmoothL1Loss,
+}

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from flatkern.losses import resolve_loss
+from flatkern.losses import TokenCrossEntropyLoss, resolve_loss
 
 W = torch.tensor([0.2, 1.0, 3.0, 0.7], dtype=torch.float64)
 
@@ -56,6 +56,20 @@ CASES = {
     "mse sum": (nn.MSELoss(reduction="sum"), outputs(5, 4), outputs(5, 4, seed=2)),
     "bce": (nn.BCEWithLogitsLoss(), outputs(5, 4), shares(5, 4)),
     "bce weights": (nn.BCEWithLogitsLoss(weight=W, pos_weight=W.flip(0)), outputs(5, 4), shares(5, 4)),
+    "huber": (nn.HuberLoss(delta=0.7), outputs(5, 4), outputs(5, 4, seed=2)),
+    "smooth l1": (nn.SmoothL1Loss(beta=0.6, reduction="sum"), outputs(5, 4), outputs(5, 4, seed=2)),
+    "tokens": (TokenCrossEntropyLoss(), outputs(2, 3, 4), labels(2, 3)),
+    "tokens everything": (
+        TokenCrossEntropyLoss(weight=W, label_smoothing=0.2),
+        outputs(3, 5, 4),
+        labels(3, 5, ignore=True),
+    ),
+    "tokens probabilities": (
+        TokenCrossEntropyLoss(weight=W),
+        outputs(2, 3, 4),
+        shares(2, 4, 3).movedim(1, -1),
+    ),
+    "function": (F.cross_entropy, outputs(5, 4), labels(5)),
     "bce sum": (nn.BCEWithLogitsLoss(reduction="sum"), outputs(5), shares(5, 1)[:, 0]),
 }
 
@@ -166,6 +180,54 @@ def test_callables():
     assert summed.denominator(summed.weight(f, y)) == 1.0
 
 
+@pytest.mark.parametrize("name", [n for n in CASES if n not in ("huber", "smooth l1")])
+def test_sampled_gradients_have_the_hessian_as_their_second_moment(name):
+    loss_fn, f, y = CASES[name]
+    loss = resolve_loss(loss_fn)
+    generator = torch.Generator().manual_seed(0)
+    draws = 3000
+    rows = torch.stack([loss.sampled(f, y, generator).reshape(-1) for _ in range(draws)])
+    exact = true_hessian(loss_fn, f, y) * loss.denominator(loss.weight(f, y))
+    assert (rows.T @ rows / draws - exact).norm() <= 0.1 * exact.norm() + 1e-12
+
+
+def test_nll_is_cross_entropy_on_log_probabilities():
+    logits, y = outputs(7, 4), labels(7, ignore=True)
+    loss = resolve_loss(nn.NLLLoss(weight=W))
+    f = logits.log_softmax(1)
+    value = loss.numerator(f, y) / loss.denominator(loss.weight(f, y))
+    assert torch.allclose(value, CE(weight=W)(logits, y))
+    assert loss.product is None
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.stack([loss.sampled(f, y, generator).reshape(-1) for _ in range(3000)])
+    weights = (W[y.clamp(min=0)] * (y >= 0)).unsqueeze(1)
+    assert torch.allclose((rows.T @ rows / 3000).diagonal().view(7, 4), weights * f.exp(), atol=0.12)
+
+
+def test_a_callable_s_reduction_is_checked_on_two_halves():
+    f, y = outputs(7, 4), labels(7)
+    mean = resolve_loss(lambda o, t: F.cross_entropy(o, t), "mean")
+    mean.check_reduction(f, y)
+    resolve_loss(lambda o, t: F.cross_entropy(o, t, reduction="sum"), "sum").check_reduction(f, y)
+    for said, other in (("sum", "mean"), ("mean", "sum")):
+        wrong = resolve_loss(lambda o, t, r=other: F.cross_entropy(o, t, reduction=r), said)
+        with pytest.raises(ValueError, match=f"pass reduction='{other}'"):
+            wrong.check_reduction(f, y)
+    for mixing in (lambda o, t: o.std(), lambda o, t: F.cross_entropy(o, t, weight=W)):
+        with pytest.raises(ValueError, match=r"reduction: .*neither"):
+            resolve_loss(mixing, "mean").check_reduction(f, y)
+
+
+def test_a_subclass_with_its_own_forward_is_a_callable():
+    class Doubled(nn.MSELoss):
+        def forward(self, input, target):
+            return 2 * super().forward(input, target)
+
+    with pytest.raises(ValueError, match="reduction"):
+        resolve_loss(Doubled())
+    assert resolve_loss(Doubled(), "mean").callable
+
+
 def test_bad_losses_and_targets_are_named():
     for call, error, text in (
         (lambda: resolve_loss(3), TypeError, "loss_fn"),
@@ -180,6 +242,9 @@ def test_bad_losses_and_targets_are_named():
             "shape",
         ),
         (lambda: resolve_loss(CE()).denominator(0.0), ValueError, "ignored"),
+        (lambda: resolve_loss(CE()).numerator(outputs(2, 3, 4), labels(2, 3)), ValueError, "TokenCross"),
+        (lambda: resolve_loss(CE()).numerator(outputs(4), labels(4)), ValueError, "loss_fn"),
+        (lambda: TokenCrossEntropyLoss()(outputs(2, 3, 4), labels(2)), ValueError, "target"),
     ):
         with pytest.raises(error, match=text):
             call()

@@ -1,0 +1,239 @@
+"""Closed forms of torch's losses: numerator, denominator, output Hessian, its root, sampled gradients."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flatkern._loss import (
+    Loss,
+    Reduction,
+    check_classes,
+    classes_second,
+    draw,
+    draw_classes,
+    identity_cotangents,
+)
+
+__all__ = ["bce_with_logits", "cross_entropy", "huber", "mse", "nll", "token_cross_entropy"]
+
+
+def _numel(output: Tensor, _: Tensor) -> Tensor:
+    return output.new_tensor(float(output.numel()), dtype=torch.float64)
+
+
+def _same_shape(output: Tensor, target: Tensor) -> None:
+    # torch broadcasts with a mere warning, which turns [n, 1] against [n] into n² residuals
+    if output.shape != target.shape:
+        raise ValueError(
+            f"target: shape {tuple(target.shape)} differs from the output's {tuple(output.shape)}"
+        )
+
+
+def mse(reduction: Reduction) -> Loss:
+    """Numerator Σ (f − y)² (no ½), so H = 2 I; the mean divides by the number of output ENTRIES."""
+
+    def numerator(output: Tensor, target: Tensor) -> Tensor:
+        _same_shape(output, target)
+        return (output - target).square().sum()
+
+    def root(output: Tensor, _: Tensor) -> Tensor:
+        return identity_cotangents(output) * 2**0.5
+
+    def sampled(output: Tensor, _: Tensor, generator: torch.Generator) -> Tensor:
+        # labels from N(f, ½), whose negative log-likelihood is (f − y)²
+        return 2**0.5 * draw(torch.randn, output, generator)
+
+    return Loss("MSELoss", reduction, numerator, _numel, lambda _o, _t, v: 2 * v, root, sampled)
+
+
+def huber(loss_fn: nn.HuberLoss | nn.SmoothL1Loss, reduction: Reduction) -> Loss:
+    """H is diagonal: 1 (Huber) or 1/β (smooth L1) where |f − y| < δ (β), else 0; a mean is over output entries."""
+    own = isinstance(loss_fn, nn.HuberLoss)
+    threshold = float(loss_fn.delta if isinstance(loss_fn, nn.HuberLoss) else loss_fn.beta)
+
+    def numerator(output: Tensor, target: Tensor) -> Tensor:
+        _same_shape(output, target)
+        if own:
+            return F.huber_loss(output, target, delta=threshold, reduction="sum")
+        return F.smooth_l1_loss(output, target, beta=threshold, reduction="sum")
+
+    def diagonal(output: Tensor, target: Tensor) -> Tensor:
+        inside = ((output - target).abs() < threshold).to(output.dtype)
+        return inside if own or not threshold else inside / threshold
+
+    def root(output: Tensor, target: Tensor) -> Tensor:
+        return identity_cotangents(output) * diagonal(output, target).sqrt()
+
+    name = type(loss_fn).__name__
+    return Loss(name, reduction, numerator, _numel, lambda o, t, v: diagonal(o, t) * v, root)
+
+
+def nll(loss_fn: nn.NLLLoss, reduction: Reduction) -> Loss:
+    """Outputs are log-probabilities; linear in them, so the output Hessian is 0 (see ``fk.ggn``)."""
+    weight, ignore = loss_fn.weight, loss_fn.ignore_index
+
+    def numerator(output: Tensor, target: Tensor) -> Tensor:
+        check_classes(output, target, 1)
+        return F.nll_loss(output, target, weight=weight, ignore_index=ignore, reduction="sum")
+
+    def label_weights(output: Tensor, target: Tensor) -> Tensor:
+        kept = target != ignore
+        w = output.new_ones(output.shape[1]) if weight is None else weight.to(output)
+        return w[torch.where(kept, target, 0)] * kept
+
+    def denominator(output: Tensor, target: Tensor) -> Tensor:
+        return label_weights(output, target).sum(dtype=torch.float64)
+
+    def sampled(output: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
+        return -label_weights(output, target).sqrt().unsqueeze(1) * draw_classes(output.exp(), generator)
+
+    return Loss("NLLLoss", reduction, numerator, denominator, sampled=sampled)
+
+
+def bce_with_logits(loss_fn: nn.BCEWithLogitsLoss, reduction: Reduction) -> Loss:
+    """H = w (1 + (pos_weight − 1) t) σ(1 − σ), diagonal; the mean divides by the number of output entries."""
+
+    def numerator(output: Tensor, target: Tensor) -> Tensor:
+        _same_shape(output, target)
+        return F.binary_cross_entropy_with_logits(
+            output, target, weight=loss_fn.weight, pos_weight=loss_fn.pos_weight, reduction="sum"
+        )
+
+    def diagonal(output: Tensor, target: Tensor) -> Tensor:
+        curvature = torch.sigmoid(output) * torch.sigmoid(-output)
+        if loss_fn.pos_weight is not None:
+            curvature = curvature * (1 + (loss_fn.pos_weight - 1) * target)
+        return curvature if loss_fn.weight is None else curvature * loss_fn.weight
+
+    def root(output: Tensor, target: Tensor) -> Tensor:
+        return identity_cotangents(output) * diagonal(output, target).sqrt()
+
+    def sampled(output: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
+        p = torch.sigmoid(output)
+        weights = torch.ones_like(p)
+        if loss_fn.pos_weight is not None:
+            weights = weights * (1 + (loss_fn.pos_weight - 1) * target)
+        if loss_fn.weight is not None:
+            weights = weights * loss_fn.weight
+        return weights.sqrt() * (p - (draw(torch.rand, p, generator) < p).to(p.dtype))
+
+    def product(output: Tensor, target: Tensor, v: Tensor) -> Tensor:
+        return diagonal(output, target) * v
+
+    return Loss("BCEWithLogitsLoss", reduction, numerator, _numel, product, root, sampled)
+
+
+def cross_entropy(loss_fn: nn.CrossEntropyLoss, reduction: Reduction) -> Loss:
+    """H_i = ω_i (diag p − p pᵀ) for every position; classes on axis 1, as torch has it.
+
+    ω_i = (1 − ε) w_{y_i} + (ε/C) Σ_c w_c for class indices (0 where ignored) and Σ_c w_c ((1 − ε) q_ic + ε/C) for
+    probability targets q. The mean's denominator is Σ_i w_{y_i} over the kept positions for indices and the number of
+    positions for probabilities.
+    """
+    weight, smoothing, ignore = loss_fn.weight, loss_fn.label_smoothing, loss_fn.ignore_index
+
+    def class_weights(output: Tensor) -> Tensor:
+        return output.new_ones(output.shape[1]) if weight is None else weight.to(output)
+
+    def numerator(output: Tensor, target: Tensor) -> Tensor:
+        check_classes(output, target, 1)
+        return F.cross_entropy(
+            output, target, weight=weight, ignore_index=ignore, reduction="sum", label_smoothing=smoothing
+        )
+
+    def label_weights(output: Tensor, target: Tensor) -> Tensor:
+        kept = target != ignore
+        return class_weights(output)[torch.where(kept, target, 0)] * kept
+
+    def denominator(output: Tensor, target: Tensor) -> Tensor:
+        if target.is_floating_point():
+            return output.new_tensor(float(output.numel() // output.shape[1]), dtype=torch.float64)
+        return label_weights(output, target).sum(dtype=torch.float64)
+
+    def omega(output: Tensor, target: Tensor) -> Tensor:
+        w, classes = class_weights(output), output.shape[1]
+        if target.is_floating_point():
+            smoothed = (1 - smoothing) * target + smoothing / classes
+            return torch.tensordot(smoothed.movedim(1, -1), w, dims=1)
+        kept = target != ignore
+        return (1 - smoothing) * label_weights(output, target) + smoothing / classes * w.sum() * kept
+
+    def product(output: Tensor, target: Tensor, v: Tensor) -> Tensor:
+        p = output.softmax(1)
+        axis = v.ndim - output.ndim + 1
+        # H takes a constant to 0: measured from the likeliest class, nothing cancels where p is nearly 1
+        top = output.argmax(1, keepdim=True)
+        v = v - v.gather(axis, top.expand(*v.shape[: axis - 1], *top.shape))
+        mean = (p * v).sum(axis, keepdim=True)
+        return omega(output, target).unsqueeze(1) * p * (v - mean)
+
+    def root(output: Tensor, target: Tensor) -> Tensor:
+        return _softmax_root(output) * omega(output, target).sqrt().unsqueeze(1)
+
+    def sampled(output: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
+        p = output.softmax(1)
+        return omega(output, target).sqrt().unsqueeze(1) * (p - draw_classes(p, generator))
+
+    return Loss("CrossEntropyLoss", reduction, numerator, denominator, product, root, sampled)
+
+
+def token_cross_entropy(loss_fn: nn.CrossEntropyLoss, reduction: Reduction) -> Loss:
+    """:func:`cross_entropy` with the classes of output, target, vectors and roots on the last axis."""
+    inner = cross_entropy(loss_fn, reduction)
+    assert inner.product is not None
+    assert inner.root is not None
+    assert inner.sampled is not None
+    product, root, sampled = inner.product, inner.root, inner.sampled
+
+    def moved(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        check_classes(output, target, -1)
+        return classes_second(output), classes_second(target) if target.is_floating_point() else target
+
+    def product_last(output: Tensor, target: Tensor, v: Tensor) -> Tensor:
+        axis = v.ndim - output.ndim + 1
+        return product(*moved(output, target), v.movedim(-1, axis)).movedim(axis, -1)
+
+    return Loss(
+        "TokenCrossEntropyLoss",
+        reduction,
+        lambda o, t: inner.numerator(*moved(o, t)),
+        lambda o, t: inner.weight(*moved(o, t)),
+        product_last,
+        lambda o, t: root(*moved(o, t)).movedim(2, -1),
+        lambda o, t, generator: sampled(*moved(o, t), generator).movedim(1, -1),
+    )
+
+
+def _softmax_root(output: Tensor) -> Tensor:
+    """Cotangents S [(C − 1)·T, n, C, ...] with S Sᵀ = diag p − p pᵀ at each of the T positions of a sample.
+
+    S₀ = diag √p − p √pᵀ has S₀ S₀ᵀ = diag p − p pᵀ and S₀ √p = 0, so C − 1 columns suffice: S₀ times an orthonormal
+    basis of √p^⊥, taken from the Householder reflection that maps the unit vector of the largest entry to −√p.
+    """
+    n, classes = output.shape[:2]
+    p = output.softmax(1).movedim(1, -1)  # [n, *positions, C]
+    root_p = p.sqrt()
+    top = p.argmax(-1, keepdim=True)
+    e_top = torch.zeros_like(p).scatter_(-1, top, 1.0)
+    u = root_p + e_top  # ‖u‖² = 2 (1 + √p_top): no cancellation, whatever p
+    scale = 2 / u.square().sum(-1, keepdim=True)
+    # columns of (I − scale u uᵀ) except column `top`, as rows: others [n, *positions, C − 1] are their indices
+    everything = torch.arange(classes, device=p.device).expand_as(p)
+    others = everything.masked_select(e_top == 0).reshape(*p.shape[:-1], classes - 1)
+    picked = torch.zeros(*p.shape[:-1], classes - 1, classes, dtype=p.dtype, device=p.device)
+    picked.scatter_(-1, others.unsqueeze(-1), 1.0)
+    basis = picked - (scale * u.gather(-1, others)).unsqueeze(-1) * u.unsqueeze(-2)
+    # basis rows are orthogonal to √p exactly in exact arithmetic; S₀ b = √p ∘ b − p ⟨√p, b⟩ = √p ∘ b, kept in full for
+    # rounding
+    inner = (basis * root_p.unsqueeze(-2)).sum(-1, keepdim=True)
+    rows = root_p.unsqueeze(-2) * basis - p.unsqueeze(-2) * inner  # [n, *positions, C − 1, C]
+    positions = p.shape[1:-1].numel()
+    rows = rows.reshape(n, positions, classes - 1, classes)
+    if positions == 1:
+        return rows.movedim(2, 0).reshape(classes - 1, *output.shape)
+    spread = torch.zeros(positions, classes - 1, n, classes, positions, dtype=p.dtype, device=p.device)
+    for_all = torch.arange(positions, device=p.device)
+    spread[for_all, :, :, :, for_all] = rows.permute(1, 2, 0, 3)
+    return spread.reshape(positions * (classes - 1), *output.shape)
