@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,9 @@ class Identity(LinearOperator):
     def _rows(self, rows: Tensor) -> Tensor:
         return rows.clone()
 
+    def _block_rows(self, rows: Tensor, names: Sequence[str]) -> Tensor:
+        return rows.clone()
+
 
 class Scaled(LinearOperator):
     """c A; one scaling beyond a product with A."""
@@ -47,6 +52,9 @@ class Scaled(LinearOperator):
 
     def _adjoint_rows(self, rows: Tensor) -> Tensor:
         return self.base._adjoint_rows(rows) * self.factor
+
+    def _block_rows(self, rows: Tensor, names: Sequence[str]) -> Tensor:
+        return self.base._block_rows(rows, names) * self.factor
 
 
 class Sum(LinearOperator):
@@ -67,6 +75,12 @@ class Sum(LinearOperator):
 
     def _adjoint_rows(self, rows: Tensor) -> Tensor:
         return self.left._adjoint_rows(rows) + self.right._adjoint_rows(rows)
+
+    def _block_rows(self, rows: Tensor, names: Sequence[str]) -> Tensor:
+        left, right = self.left.layout, self.right.layout
+        if left is None or right is None or left.slices != right.slices:
+            return super()._block_rows(rows, names)
+        return self.left._block_rows(rows, names) + self.right._block_rows(rows, names)
 
 
 def _add(image: Tensor, term: LinearOperator, rows: Tensor) -> Tensor:

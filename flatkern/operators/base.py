@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from flatkern.problem import Layout
 
 if TYPE_CHECKING:
     from flatkern.operators.algebra import Identity
+    from flatkern.operators.blocks import Block, BlockDiagonal
 
 __all__ = ["LinearOperator"]
 
@@ -169,6 +171,40 @@ class LinearOperator:
     def __neg__(self) -> LinearOperator:
         """−A."""
         return self * -1.0
+
+    # -- parts in parameter space ------------------------------------------------------------------
+    def block(self, names: str | Sequence[str]) -> Block:
+        """The principal block on some parameters: names, globs or a list of them, in the layout's order.
+
+        It is an operator with a ``layout`` of its own, and shares kept graphs with this one. A curvature
+        operator then differentiates in these parameters only.
+
+        Raises:
+            ValueError: no layout, not square, or a name that matches nothing.
+        """
+        from flatkern.operators.blocks import Block
+
+        return Block(self, names)
+
+    def block_diagonal(self, groups: Mapping[str, str | Sequence[str]] | None = None) -> BlockDiagonal:
+        """This operator with everything between groups of parameters set to zero.
+
+        ``groups``: name of a group → names or globs; disjoint. Default: one group a layer (a module that owns
+        parameters). Parameters in no group have zero rows and columns. Cost: one product a block.
+        """
+        from flatkern.operators.blocks import BlockDiagonal
+
+        return BlockDiagonal(self, groups)
+
+    def _block_rows(self, rows: Tensor, names: Sequence[str]) -> Tensor:
+        """Rows [k, |block|] → their images under the principal block; here by embedding in zeros."""
+        layout = self.layout
+        assert layout is not None
+        columns = torch.cat([torch.arange(s.start, s.stop) for s in (layout.slices[n] for n in names)])
+        columns = columns.to(self.device)
+        full = rows.new_zeros(len(rows), self.shape[1])
+        full[:, columns] = rows
+        return self._rows(full)[:, columns]
 
     # -- export ------------------------------------------------------------------------------------
     def to_dense(self, *, max_size: int = 8192, block_size: int = 64) -> Tensor:

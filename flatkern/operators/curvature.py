@@ -28,7 +28,7 @@ from flatkern.problem import (
     select_parameters,
 )
 
-__all__ = ["CurvatureOperator", "Linearization", "OperatorInfo"]
+__all__ = ["CurvatureOperator", "Linearization", "OperatorInfo", "vector_kind"]
 
 
 class Linearization(Protocol):
@@ -39,8 +39,11 @@ class Linearization(Protocol):
         """The tensors whose autograd graphs are kept."""
         ...
 
-    def apply(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """Curvature of this batch's loss numerator times a tangent; ``None`` stands for zeros."""
+    def apply(self, tangents: Sequence[Tensor | None], wanted: Sequence[int]) -> Sequence[Tensor | None]:
+        """Curvature of this batch's loss numerator times a tangent, for the wanted parameters only.
+
+        ``tangents`` has an entry a parameter and the result one a wanted parameter; ``None`` stands for zeros.
+        """
         ...
 
 
@@ -79,7 +82,6 @@ class CurvatureOperator(LinearOperator):
     """
 
     layout: Layout
-    method = ""
 
     def __init__(
         self,
@@ -90,26 +92,39 @@ class CurvatureOperator(LinearOperator):
         params: ParameterSelection = None,
         reduction: Reduction | None = None,
         max_memory: int | None = None,
+        linearize: bool = True,
     ) -> None:
         check_model(model)
         if max_memory is not None and max_memory < 0:
             raise ValueError(f"max_memory: {max_memory} is negative; give bytes, 0 to keep no graph at all")
         self._loss: Loss = resolve_loss(loss_fn, reduction)
+        self._check_loss()
         self._model = model
         self._named = select_parameters(model, params)
         self._parameters = tuple(self._named.values())
-        dtype, device = _vector_kind(self._named)
+        dtype, device = vector_kind(self._named)
         layout = Layout(self._named)
         super().__init__((layout.size, layout.size), dtype, device, symmetric=True, layout=layout)
         self._data = Batches(data, model_device(model))
         self._max_memory = DEFAULT_MAX_MEMORY if max_memory is None else int(max_memory)
         self._products = 0
-        self.refresh()
+        self._unchecked = self._loss.callable  # a callable's reduction is compared with two halves once
+        self._watch: WeightsWatch | None = None
+        if linearize:
+            self.refresh()
 
     # -- to implement ------------------------------------------------------------------------------
-    def _linearize(self, output: Tensor, target: Tensor) -> Linearization:
-        """The map of one batch, from the model's output with its graph."""
+    @property
+    def method(self) -> str:
+        """How a product is done, in words."""
         raise NotImplementedError
+
+    def _linearize(self, output: Tensor, target: Tensor, index: int) -> Linearization:
+        """The map of batch ``index``, from the model's output with its graph."""
+        raise NotImplementedError
+
+    def _check_loss(self) -> None:
+        """Refuse losses that this operator is not defined for."""
 
     # -- linearizing -------------------------------------------------------------------------------
     def refresh(self) -> Self:
@@ -117,7 +132,7 @@ class CurvatureOperator(LinearOperator):
         start = time.perf_counter()
         check_model(self._model)
         _check_layers(self._model)
-        self._watch: WeightsWatch | None = None  # until this has succeeded, there is nothing to multiply with
+        self._watch = None  # until this has succeeded, there is nothing to multiply with
         self._batches: list[_Batch] = []
         self._kept_bytes = 0
         self.num_data = 0
@@ -164,7 +179,10 @@ class CurvatureOperator(LinearOperator):
             output = check_output(self._model, self._model(x), len(x))
             if output.dtype in (torch.bfloat16, torch.float16):
                 output = output.float()
-            linear = self._linearize(output, y)
+            if self._unchecked and len(output) > 1:
+                self._loss.check_reduction(output.detach(), y)
+                self._unchecked = False
+            linear = self._linearize(output, y, index)
             weight = self._loss.weight(output.detach(), y).detach() if first else output.new_zeros(())
         return linear, weight
 
@@ -178,24 +196,46 @@ class CurvatureOperator(LinearOperator):
         return value
 
     # -- products ----------------------------------------------------------------------------------
+    def _once(self, v: Tensor) -> Tensor:
+        """The product with v [P] or [P, k] in one pass over the data; nothing is kept."""
+        self._check_vectors(v)
+        rows = v.detach()[None] if v.ndim == 1 else v.detach().mT
+        _check_layers(self._model)
+        wanted = range(len(self._parameters))
+        tangents = [self._tangents(row, wanted) for row in rows]
+        total = torch.zeros(len(rows), self.shape[0], dtype=self.dtype, device=self.device)
+        weights: Tensor | float = 0.0
+        with torch.no_grad(), preserve_state(self._model, allow_random=True):
+            for index, (x, y) in enumerate(self._data):
+                linear, weight = self._build(x, y, index, first=True)
+                weights = weights + weight
+                self._accumulate(total, linear, tangents, wanted, float(len(x)))
+        total /= self._loss.denominator(weights)
+        return total[0] if v.ndim == 1 else total.mT
+
     def _rows(self, rows: Tensor) -> Tensor:
+        return self._block_rows(rows, self.layout.names)
+
+    def _block_rows(self, rows: Tensor, names: Sequence[str]) -> Tensor:
+        wanted = [self.layout.names.index(name) for name in names]
         if self._watch is None:
             raise StaleOperatorError("the last H.refresh() of this operator failed; call it again")
         self._watch.check()
         self._products += len(rows)
-        tangents = [self._tangents(row) for row in rows]
+        tangents = [self._tangents(row, wanted) for row in rows]
         fresh = any(batch.kept is not None for batch in self._batches)
-        make = torch.empty if fresh else torch.zeros
-        total = make(len(rows), self.shape[0], dtype=self.dtype, device=self.device)
+        total = torch.empty_like(rows) if fresh else torch.zeros_like(rows)
         for batch in self._batches:
             if batch.kept is not None:
-                self._accumulate(total, batch.kept, tangents, batch.scale, fresh=fresh)
+                self._accumulate(total, batch.kept, tangents, wanted, batch.scale, fresh=fresh)
                 fresh = False
         if any(batch.kept is None for batch in self._batches):
-            self._accumulate_rebuilt(total, tangents)
+            self._accumulate_rebuilt(total, tangents, wanted)
         return total
 
-    def _accumulate_rebuilt(self, total: Tensor, tangents: Sequence[Sequence[Tensor]]) -> None:
+    def _accumulate_rebuilt(
+        self, total: Tensor, tangents: Sequence[Sequence[Tensor | None]], wanted: Sequence[int]
+    ) -> None:
         with preserve_state(self._model, allow_random=True):
             count = 0
             for index, (x, y) in enumerate(self._data):
@@ -208,7 +248,7 @@ class CurvatureOperator(LinearOperator):
                 if not _same_data(batch.sums, _sample_sums(x, y)):
                     raise RuntimeError(_CHANGED_DATA.format(f"batch {index} differs"))
                 linear, _ = self._build(x, y, index, first=False)
-                self._accumulate(total, linear, tangents, batch.scale)
+                self._accumulate(total, linear, tangents, wanted, batch.scale)
             if count != len(self._batches):
                 raise RuntimeError(_CHANGED_DATA.format("the number of batches differs"))
 
@@ -216,16 +256,18 @@ class CurvatureOperator(LinearOperator):
         self,
         total: Tensor,
         linear: Linearization,
-        tangents: Sequence[Sequence[Tensor]],
+        tangents: Sequence[Sequence[Tensor | None]],
+        wanted: Sequence[int],
         scale: float,
         *,
         fresh: bool = False,
     ) -> None:
+        chosen = [self._parameters[i] for i in wanted]
         for out, tangent in zip(total, tangents, strict=True):
-            images = linear.apply(tangent)
+            images = linear.apply(tangent, wanted)
             parts = [
                 (p.new_zeros(p.numel()) if t is None else t.reshape(-1)).to(self.dtype)
-                for t, p in zip(images, self._parameters, strict=True)
+                for t, p in zip(images, chosen, strict=True)
             ]
             if fresh:  # the first batch is written straight into its place: two passes over [P] less
                 torch.cat(parts, out=out)
@@ -233,9 +275,14 @@ class CurvatureOperator(LinearOperator):
             else:
                 out.add_(torch.cat(parts), alpha=scale)
 
-    def _tangents(self, row: Tensor) -> list[Tensor]:
-        pieces = row.split([p.numel() for p in self._parameters])
-        return [piece.view(p.shape).to(p.dtype) for piece, p in zip(pieces, self._parameters, strict=True)]
+    def _tangents(self, row: Tensor, wanted: Sequence[int]) -> list[Tensor | None]:
+        """A flat vector of the wanted parameters → one tensor a parameter, ``None`` for the others."""
+        tangents: list[Tensor | None] = [None] * len(self._parameters)
+        pieces = row.split([self._parameters[i].numel() for i in wanted])
+        for i, piece in zip(wanted, pieces, strict=True):
+            p = self._parameters[i]
+            tangents[i] = piece.view(p.shape).to(p.dtype)
+        return tangents
 
     @property
     def info(self) -> OperatorInfo:
@@ -269,7 +316,7 @@ def _same_data(old: Sequence[Tensor], new: Sequence[Tensor]) -> bool:
     return all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-9) for a, b in zip(old, new, strict=True))
 
 
-def _vector_kind(named: dict[str, nn.Parameter]) -> tuple[torch.dtype, torch.device]:
+def vector_kind(named: dict[str, nn.Parameter]) -> tuple[torch.dtype, torch.device]:
     """Dtype of flat vectors (the parameters', at least float32) and the device of all parameters."""
     dtype, devices = torch.float32, {p.device for p in named.values()}
     if len(devices) > 1:

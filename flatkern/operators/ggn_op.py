@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,85 +10,89 @@ from torch import Tensor, nn
 
 from flatkern.losses import Loss, Reduction
 from flatkern.operators.curvature import CurvatureOperator
+from flatkern.operators.output_map import OutputMap
 from flatkern.problem import ParameterSelection
 
-__all__ = ["GGNOperator", "ggn"]
+__all__ = ["CurvedOutput", "GGNOperator", "ggn", "output_gradient"]
+
+OutputProduct = Callable[[Tensor], Tensor | None]
 
 
 class GGNOperator(CurvatureOperator):
     """Jᵀ H_L J [P, P]; made by :func:`ggn`."""
 
-    method = "double backward through the output, closed-form loss Hessian"
-
-    def _linearize(self, output: Tensor, target: Tensor) -> _OutputGraph:
-        if self._loss.product is None:
-            self.method = "double backward through the output, autograd loss Hessian"
-        self._numerator(output.detach(), target)  # its checks only
-        return _OutputGraph(self._parameters, output, target, self._loss)
-
-
-class _OutputGraph:
-    """A batch's output with its graph.
-
-    Jᵀ w is linear in w, so the gradient of ⟨Jᵀ w, v⟩ in w is J v: two backward passes, through the part of
-    the graph that leads to w only. w = 0 stands in for all w.
-    """
-
-    def __init__(self, parameters: Sequence[Tensor], output: Tensor, target: Tensor, loss: Loss) -> None:
-        self._parameters = parameters
-        self._output, self._target, self._loss = output, target, loss
-        self._dummy = torch.zeros_like(output, requires_grad=True)
-        pulled: Sequence[Tensor | None] = []
-        if output.requires_grad:
-            pulled = torch.autograd.grad(
-                output, parameters, grad_outputs=self._dummy, create_graph=True, allow_unused=True
+    def _check_loss(self) -> None:
+        if self._loss.name == "NLLLoss":
+            raise ValueError(
+                "loss_fn: NLLLoss is linear in the model's output, so the Gauss-Newton matrix split there is 0; end "
+                "the model at the logits and use CrossEntropyLoss, or take fk.fisher(kind='mc')"
             )
-        self._active = [i for i, g in enumerate(pulled) if g is not None and g.requires_grad]
-        self._pulled = [g for g in pulled if g is not None and g.requires_grad]
-        self._point = output.detach()
-        self._gradient = _output_gradient(self._point, target, loss) if loss.product is None else None
+
+    @property
+    def method(self) -> str:
+        """Where the loss's Hessian comes from."""
+        known = "closed-form" if self._loss.product is not None else "autograd"
+        return f"double backward through the output, {known} loss Hessian"
+
+    def _linearize(self, output: Tensor, target: Tensor, index: int) -> CurvedOutput:
+        self._numerator(output.detach(), target)  # its checks only
+        return CurvedOutput(
+            OutputMap(self._parameters, output), _loss_product(output.detach(), target, self._loss)
+        )
+
+
+class CurvedOutput:
+    """Jᵀ C J of one batch, C a symmetric map [*output] → [*output]."""
+
+    def __init__(self, outputs: OutputMap, product: OutputProduct) -> None:
+        self._map, self._product = outputs, product
 
     @property
     def roots(self) -> Sequence[Tensor]:
-        return [self._output, *self._pulled]
+        """The tensors whose autograd graphs are kept."""
+        return self._map.roots
 
-    def apply(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        if not self._pulled:
-            return [None] * len(self._parameters)
-        cotangents = [tangents[i] for i in self._active]
-        (change,) = torch.autograd.grad(
-            self._pulled, self._dummy, grad_outputs=cotangents, retain_graph=True, allow_unused=True
-        )
-        if change is None:
-            return [None] * len(self._parameters)
-        curved = self._loss_product(change)
-        if curved is None:
-            return [None] * len(self._parameters)
-        return torch.autograd.grad(
-            self._output, self._parameters, grad_outputs=curved, retain_graph=True, allow_unused=True
-        )
+    def apply(self, tangents: Sequence[Tensor | None], wanted: Sequence[int]) -> Sequence[Tensor | None]:
+        """J v, C, Jᵀ."""
+        change = self._map.push(tangents)
+        curved = None if change is None else self._product(change)
+        return [None] * len(wanted) if curved is None else self._map.pull(curved, wanted)
 
-    def _loss_product(self, change: Tensor) -> Tensor | None:
-        """The output Hessian of the numerator over the number of samples, times a change of the output."""
-        if self._loss.product is not None:
-            return self._loss.product(self._point, self._target, change) / len(self._point)
-        if self._gradient is None:
+
+def _loss_product(point: Tensor, target: Tensor, loss: Loss) -> OutputProduct:
+    """The output Hessian of the numerator over the number of samples."""
+    closed_form = loss.product
+    if closed_form is not None:
+        return lambda change: closed_form(point, target, change) / len(point)
+    found = output_gradient(point, target, loss, create_graph=True)
+    if found is None:
+        return lambda change: None
+    leaf, gradient = found
+
+    def product(change: Tensor) -> Tensor | None:
+        if not gradient.requires_grad:  # a loss linear in the output
             return None
-        point, gradient = self._gradient
-        (curved,) = torch.autograd.grad(
-            gradient, point, grad_outputs=change, retain_graph=True, allow_unused=True
-        )
-        return curved
+        return torch.autograd.grad(gradient, leaf, grad_outputs=change, retain_graph=True, allow_unused=True)[
+            0
+        ]
+
+    return product
 
 
-def _output_gradient(point: Tensor, target: Tensor, loss: Loss) -> tuple[Tensor, Tensor] | None:
-    """The loss's gradient in the output with its graph; ``None`` for a loss linear in the output."""
-    point = point.clone().requires_grad_()
-    value = loss.numerator(point, target) / len(point)
+def output_gradient(
+    point: Tensor, target: Tensor, loss: Loss, *, create_graph: bool
+) -> tuple[Tensor, Tensor] | None:
+    """The output as a leaf and the gradient there of the numerator over the number of samples.
+
+    ``None``: the loss does not depend on the output.
+    """
+    leaf = point.detach().clone().requires_grad_()
+    # a view, as a loss may write to its argument in place
+    value = loss.numerator(leaf.view_as(leaf), target) / len(leaf)
     if not value.requires_grad:
         return None
-    (gradient,) = torch.autograd.grad(value, point, create_graph=True, allow_unused=True)
-    return (point, gradient) if gradient is not None and gradient.requires_grad else None
+    (gradient,) = torch.autograd.grad(value, leaf, create_graph=create_graph, allow_unused=True)
+    return None if gradient is None else (leaf, gradient)
 
 
 def ggn(
@@ -107,7 +111,8 @@ def ggn(
     ∂²f/∂θ². Arguments, weights of batches, result and errors are those of :func:`flatkern.operators.hessian`.
 
     The split between model and loss is where ``model`` ends: a model that ends in ``log_softmax``, with a
-    loss that is linear in it (NLL), has a zero G; end it at the logits and use ``nn.CrossEntropyLoss``. A
+    loss that is linear in it, has a zero G; end it at the logits and use ``nn.CrossEntropyLoss``.
+    ``nn.NLLLoss`` therefore raises, and a callable linear in the output gives zeros. A
     ``loss_fn`` that itself uses parameters (weight decay) contributes nothing beyond its dependence on the
     output.
 

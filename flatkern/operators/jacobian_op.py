@@ -1,0 +1,197 @@
+"""The Jacobian of a model's outputs, in its parameters or its input, as a linear operator."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from flatkern.operators.base import LinearOperator
+from flatkern.operators.curvature import vector_kind
+from flatkern.operators.forms import twice_differentiable
+from flatkern.operators.output_map import OutputMap
+from flatkern.operators.staleness import StaleOperatorError, WeightsWatch
+from flatkern.problem import (
+    DEFAULT_MAX_MEMORY,
+    Layout,
+    ParameterSelection,
+    check_input,
+    check_model,
+    check_output,
+    model_device,
+    preserve_state,
+    select_parameters,
+)
+
+__all__ = ["JacobianOperator", "jacobian"]
+
+
+class JacobianOperator(LinearOperator):
+    """∂f/∂θ [n·N, P] or ∂f/∂x [n·N, n·M]; made by :func:`jacobian`.
+
+    Attributes:
+        num_data: n.
+        output_shape, input_shape: of one sample; N and M are their numbers of elements.
+        wrt: ``"params"`` or ``"input"``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        *,
+        wrt: Literal["params", "input"] = "params",
+        params: ParameterSelection = None,
+    ) -> None:
+        if wrt not in ("params", "input"):
+            raise ValueError(f"wrt: expected 'params' or 'input', got {wrt!r}")
+        if wrt == "input" and params is not None:
+            raise ValueError("params: it selects parameters, so it goes with wrt='params' only")
+        check_model(model)
+        check_input(x, differentiable=wrt == "input")
+        self.wrt, self._model, self._x = wrt, model, x.detach().to(model_device(model))
+        self.num_data, self.input_shape = len(x), x.shape[1:]
+        layout = None
+        if wrt == "params":
+            named = select_parameters(model, params)
+            dtype, device = vector_kind(named)
+            layout = Layout(named)
+            self._leaves: tuple[Tensor, ...] = tuple(named.values())
+        else:
+            dtype, device = torch.promote_types(torch.float32, x.dtype), self._x.device
+            self._leaves = ()
+        self._domain = (dtype, device, layout)
+        self.refresh()
+
+    def refresh(self) -> Self:
+        """Linearize at the present weights (one forward and one backward pass) and return the operator."""
+        self._watch: WeightsWatch | None = None
+        check_model(self._model)
+        with preserve_state(self._model), twice_differentiable(self._model):
+            if self.wrt == "input":
+                self._leaves = (self._x.clone().requires_grad_(),)
+            # a copy: a layer may write to its input in place
+            x = (self._leaves[0] if self.wrt == "input" else self._x).clone()
+            output = check_output(self._model, self._model(x), self.num_data)
+            if output.dtype in (torch.bfloat16, torch.float16):
+                output = output.float()
+            self._map = OutputMap(self._leaves, output)
+        self.output_shape = output.shape[1:]
+        dtype, device, layout = self._domain
+        columns = sum(leaf.numel() for leaf in self._leaves)
+        super().__init__((output.numel(), columns), dtype, device, layout=layout)
+        self._watch = WeightsWatch(self._model)
+        return self
+
+    def _rows(self, rows: Tensor) -> Tensor:
+        self._check_fresh()
+        images = torch.zeros(len(rows), self.shape[0], dtype=self.dtype, device=self.device)
+        for image, row in zip(images, rows, strict=True):
+            pieces = row.split([leaf.numel() for leaf in self._leaves])
+            change = self._map.push(
+                [p.view(leaf.shape).to(leaf.dtype) for p, leaf in zip(pieces, self._leaves, strict=True)]
+            )
+            if change is not None:
+                image.copy_(change.reshape(-1))
+        return images
+
+    def _adjoint_rows(self, rows: Tensor) -> Tensor:
+        self._check_fresh()
+        images = torch.zeros(len(rows), self.shape[1], dtype=self.dtype, device=self.device)
+        output = self._map.output
+        for image, row in zip(images, rows, strict=True):
+            pulled = self._map.pull(row.view(output.shape).to(output.dtype))
+            self._write(image, pulled)
+        return images
+
+    def _write(self, image: Tensor, pulled: object) -> None:
+        start = 0
+        assert isinstance(pulled, (tuple, list))
+        for leaf, part in zip(self._leaves, pulled, strict=True):
+            if part is not None:
+                image[start : start + leaf.numel()].copy_(part.reshape(-1))
+            start += leaf.numel()
+
+    def per_sample(self, *, max_memory: int | None = None) -> Tensor:
+        """The Jacobian of each sample as one dense tensor: [n, N, P], or [n, N, M] for ``wrt="input"``.
+
+        Outputs and inputs are flattened per sample. Cost: N backward passes for the input (samples do not
+        interact, so one pass serves all of them), n N for parameters.
+
+        Raises:
+            ValueError: the result exceeds ``max_memory`` bytes (default 1 GiB).
+        """
+        n, entries = self.num_data, self.output_shape.numel()
+        columns = self.shape[1] // (n if self.wrt == "input" else 1)
+        size = n * entries * columns * torch.empty(0, dtype=self.dtype).element_size()
+        limit = DEFAULT_MAX_MEMORY if max_memory is None else max_memory
+        if size > limit:
+            raise ValueError(f"max_memory: the result takes {size:,} bytes and the limit is {limit:,}")
+        with torch.no_grad():
+            if self.wrt == "params":
+                return torch.cat(
+                    [self._adjoint_rows(units) for units in self._units(range(n * entries))]
+                ).view(n, entries, columns)
+            same = torch.empty(entries, n, columns, dtype=self.dtype, device=self.device)
+            for c in range(entries):
+                units = torch.zeros(1, n, entries, dtype=self.dtype, device=self.device)
+                units[0, :, c] = 1.0
+                same[c] = self._adjoint_rows(units.view(1, -1)).view(n, columns)
+            return same.transpose(0, 1).contiguous()
+
+    def _units(self, rows: range, chunk: int = 64) -> list[Tensor]:
+        size = self.shape[0]
+        chunks = [rows[i : i + chunk] for i in range(0, len(rows), chunk)]
+        return [
+            torch.zeros(len(part), size, dtype=self.dtype, device=self.device).scatter_(
+                1, torch.tensor(list(part), device=self.device).unsqueeze(1), 1.0
+            )
+            for part in chunks
+        ]
+
+    def _check_fresh(self) -> None:
+        if self._watch is None:
+            raise StaleOperatorError("the last J.refresh() of this operator failed; call it again")
+        self._watch.check()
+
+
+def jacobian(
+    model: nn.Module,
+    x: Tensor,
+    *,
+    wrt: Literal["params", "input"] = "params",
+    params: ParameterSelection = None,
+) -> JacobianOperator:
+    """The Jacobian of a model's outputs as a linear operator.
+
+    ``wrt="params"``: J = ∂f/∂θ [n·N, P]; ``wrt="input"``: J = ∂f/∂x [n·N, n·M], block diagonal over samples,
+    as samples do not interact. Row i·N + c belongs to output entry c of sample i (N entries a sample,
+    flattened), column i·M + d to input entry d. No normalization: the plain derivative.
+
+    Args:
+        model: any module [n, ...] → [n, ...]; in eval mode where it has batch norm or dropout. Left as found.
+        x: inputs with the samples on axis 0; floating point for ``wrt="input"``.
+        wrt: derivative in what.
+        params: names or globs for ``wrt="params"``; default all with ``requires_grad``; tied ones count once.
+
+    Returns:
+        An operator with ``@``, ``.T`` (the adjoint product Jᵀ u), ``.per_sample()`` for the dense [n, N, P] or
+        [n, N, M], and ``layout`` in parameter space. float32 vectors for bfloat16 and float16.
+
+    Cost: one forward and one backward pass with graph at the start, which is kept; J v one or two passes
+    through that graph, Jᵀ u one backward pass. Nothing is formed.
+
+    Raises:
+        TypeError, ValueError: input that cannot be used, naming the argument.
+        StaleOperatorError: (in a product) the weights changed; ``J.refresh()`` linearizes anew.
+
+    Example:
+        >>> import torch
+        >>> from flatkern.operators import jacobian
+        >>> model = torch.nn.Linear(3, 2)
+        >>> J = jacobian(model, torch.ones(4, 3))
+        >>> J.shape, (J.T @ torch.ones(8)).shape, jacobian(model, torch.ones(4, 3), wrt="input").shape
+        ((8, 8), torch.Size([8]), (8, 12))
+    """
+    return JacobianOperator(model, x, wrt=wrt, params=params)
