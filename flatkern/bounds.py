@@ -104,7 +104,18 @@ def bounds(
     g = geometry if geometry is not None else _geometry(model, x, params=params, max_memory=max_memory)
     if len(g.input_norm_sq) != len(x):
         raise ValueError(f"geometry: it was taken on {len(g.input_norm_sq)} samples, x holds {len(x)}")
-    slack = 1e-9 if g.dtype == torch.float64 else 1e-5
+    if not torch.allclose(_norm_sq(x).to(g.input_norm_sq), g.input_norm_sq, rtol=1e-6, atol=0):
+        raise ValueError("geometry: it was taken on other inputs than x")
+    own = {id(m) for m in model.modules()}
+    for layer in g.layers.values():
+        weight = layer.module.weight
+        if id(layer.module) not in own or (
+            isinstance(weight, Tensor) and weight._version != layer.weight_version
+        ):
+            raise ValueError(
+                f"geometry: it was taken on another model or at other weights (layer {layer.name!r}); measure again"
+            )
+    slack = max(1e-9, 100 * torch.finfo(g.dtype).eps)  # rounding of the Jacobians, in logarithms
     norms = {
         name: _spectral_norm(layer.module.weight)
         for name, layer in g.layers.items()
@@ -122,6 +133,10 @@ def _spectral_norm(weight: Tensor) -> float:
     w = weight.detach().double()
     gram = w @ w.T if w.shape[0] <= w.shape[1] else w.T @ w
     return float(torch.linalg.eigvalsh(gram)[-1].clamp_min(0).sqrt())
+
+
+def _norm_sq(x: Tensor) -> Tensor:
+    return x.detach().reshape(len(x), -1).double().square().sum(1)
 
 
 def _log(value: Tensor | float) -> float:
@@ -179,7 +194,7 @@ def _first_layer(g: Geometry, norms: dict[str, float], slack: float) -> list[Ine
             Inequality("LVR", volume, "not applicable", reason),
         ]
     log_w, norm_sq, gradient_sq = (
-        math.log(max(norms[first.name], 1e-300)),
+        _log(norms[first.name]),
         g.input_norm_sq,
         first.weight_gradient_sq,
     )

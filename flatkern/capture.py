@@ -117,6 +117,32 @@ def graph_nodes(root: Node, without: frozenset[Node] = frozenset()) -> tuple[set
     return seen, edges
 
 
+# what a layer's own forward puts between its output and its parameters
+_OWN = frozenset(
+    ["Addmm", "Mm", "Bmm", "Linear", "Add", "Convolution", "MkldnnConvolution", "CudnnConvolution"]
+    + ["ToCopy", "T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "Alias"]
+    + ["Squeeze", "Unsqueeze", "Expand"]
+)
+
+
+def _own_leaves(call: LayerCall, edges: Counter[Node]) -> set[int]:
+    """ids of the leaves that the call's output reaches through its own operations, each used for it alone.
+
+    A weight that is scaled, cast for several calls, or otherwise computed on its way into the layer is not among them.
+    """
+    assert call.output_edge is not None
+    stop = None if call.input_edge is None else call.input_edge.node
+    found: set[int] = set()
+    stack = [call.output_edge.node]
+    while stack:
+        node = stack.pop()
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        elif node.name().rstrip("0123456789").removesuffix("Backward") in _OWN:
+            stack += [n for n, _ in node.next_functions if n is not None and n is not stop and edges[n] == 1]
+    return found
+
+
 @dataclass(frozen=True)
 class Coverage:
     """Which parameter is covered by which recorded call, and which ones no rule can take."""
@@ -154,13 +180,19 @@ def match_parameters(
             p = getattr(call.module, local, None)
             if isinstance(p, Tensor):
                 owners.setdefault(id(p), []).append((index, local))
+    own = [_own_leaves(call, edges) for call in reached]
     covered: dict[int, dict[str, str]] = {}
     uncovered, unused = [], []
     for name, p in parameters.items():
         count, owner = uses.get(id(p), 0), owners.get(id(p), [])
         if count == 0:
             unused.append(name)
-        elif count == 1 and len(owner) == 1 and reached[owner[0][0]].name not in ambiguous:
+        elif (
+            count == 1
+            and len(owner) == 1
+            and id(p) in own[owner[0][0]]
+            and reached[owner[0][0]].name not in ambiguous
+        ):
             index, local = owner[0]
             covered.setdefault(index, {})[local] = name
         else:

@@ -146,7 +146,7 @@ def _batch_norms(
     assert loss.root is not None
     check_input(x, differentiable=False)
     check_input(y, differentiable=False, name="y")
-    for lin in linearizations(model, x, parameters, with_input=False, max_memory=max_memory):
+    for lin in linearizations(model, x, parameters, with_input=False, max_memory=max_memory, own_roots=True):
         output, target = lin.output.detach(), y[lin.samples]
         loss.numerator(output, target)  # a wrong target gets the loss's own message
         roots = loss.root(output, target)

@@ -43,6 +43,8 @@ class LayerGeometry:
     weight_gradient_sq: Tensor | None = field(repr=False)
     """‖∂f/∂W_l‖_F², float64 [n]; ``None`` where the weight is not selected, frozen, or used elsewhere too."""
     module: nn.Module = field(repr=False)
+    weight_version: int = 0
+    """The weight's version counter at the measurement: tells whether it has been written to since."""
     positions: int = 1
     """Positions of a sample that share the weight; 1 for a dense layer on vectors."""
     sole_consumer: bool = True
@@ -158,7 +160,8 @@ class _Chunk:
     spectrum: Spectrum
     layer_sigma: Tensor
     """σ_max(∂f/∂x^l), [L, n]."""
-    calls: tuple[LayerCall, ...]
+    layers: tuple[tuple[str, nn.Module], ...]
+    """Names and modules of the calls; the calls themselves would keep the chunk's graph alive."""
     input_norms: tuple[Tensor, ...]
     weight_gradients: tuple[Tensor | None, ...]
     sole: tuple[bool, ...]
@@ -212,9 +215,9 @@ def _measure(
         gradient_sq=norms.total if parameters else zero,
         spectrum=spectra[index[-1]],
         layer_sigma=torch.stack(top) if top else zero.new_zeros(0, n),
-        calls=calls,
+        layers=tuple((call.name, call.module) for call in calls),
         input_norms=tuple(
-            call.checked_inputs().reshape(lin.n, -1).square().sum(1, dtype=torch.float64) for call in calls
+            call.checked_inputs().reshape(lin.n, -1).double().square().sum(1) for call in calls
         ),
         weight_gradients=weights,
         sole=tuple(is_sole_consumer(lin.output, call) for call in calls),
@@ -222,7 +225,19 @@ def _measure(
         positions=tuple(call.positions for call in calls),
         outputs=outputs,
         dtype=lin.output.dtype,
-        notes=norms.notes,
+        notes=(*norms.notes, *_left_out(lin, parameters)),
+    )
+
+
+def _left_out(lin: Linearization, parameters: dict[str, nn.Parameter]) -> tuple[str, ...]:
+    measured = {id(p) for call in lin.calls for p in call.module.parameters(recurse=False)}
+    hidden = [
+        n for n in lin.coverage.uncovered if parameters[n].ndim > 1 and id(parameters[n]) not in measured
+    ]
+    return (
+        (f"NMLS leaves out what is not called as a linear or conv layer: {', '.join(hidden)}",)
+        if hidden
+        else ()
     )
 
 
@@ -278,21 +293,27 @@ def _assemble(x: Tensor, chunks: list[_Chunk], has_parameters: bool, seconds: fl
     sigma = torch.cat([c.layer_sigma for c in chunks], 1)
     seen: Counter[str] = Counter()
     layers: dict[str, LayerGeometry] = {}
-    for i, call in enumerate(first.calls):
-        seen[call.name] += 1
-        name = call.name if seen[call.name] == 1 else f"{call.name}#{seen[call.name]}"
+    if any(c.layers != first.layers for c in chunks):
+        raise ValueError(
+            "model: it calls its layers in another order for other samples, so layers cannot be told apart across the "
+            "chunks; raise max_memory, or leave those layers out by naming the ones wanted"
+        )
+    for i, (called, module) in enumerate(first.layers):
+        seen[called] += 1
+        name = called if seen[called] == 1 else f"{called}#{seen[called]}"
         gradients = [c.weight_gradients[i] for c in chunks]
         layers[name] = LayerGeometry(
             name=name,
             max_sensitivity=PerSample(sigma[i]),
             input_norm_sq=torch.cat([c.input_norms[i] for c in chunks]),
             weight_gradient_sq=None if any(g is None for g in gradients) else torch.cat(gradients),  # type: ignore[arg-type]
-            module=call.module,
+            module=module,
+            weight_version=module.weight._version if isinstance(module.weight, Tensor) else 0,
             positions=first.positions[i],
-            sole_consumer=first.sole[i],
-            takes_model_input=first.direct[i],
+            sole_consumer=all(c.sole[i] for c in chunks),
+            takes_model_input=all(c.direct[i] for c in chunks),
         )
-    input_norm_sq = x.reshape(len(x), -1).square().sum(1, dtype=torch.float64)
+    input_norm_sq = x.reshape(len(x), -1).double().square().sum(1)
     notes = list(dict.fromkeys(note for c in chunks for note in c.notes))
     if first.outputs > x[0].numel():
         notes.append(

@@ -94,7 +94,7 @@ def _probe(
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in owned:
             saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # the tensor itself would keep its own graph alive
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         output, calls, _ = _forward(model, x[:few], with_input)
@@ -176,6 +176,7 @@ def linearizations(
     with_input: bool,
     max_memory: int,
     cotangents: int | None = None,
+    own_roots: bool = False,
 ) -> Iterator[Linearization]:
     """Forward passes over all samples, in chunks whose pull-back of ``cotangents`` vectors fits ``max_memory``.
 
@@ -186,6 +187,7 @@ def linearizations(
         with_input: also make the input's (and each layer input's) cotangents available.
         max_memory: bytes of the working set beside model and data.
         cotangents: vectors pulled back a sample; ``None``: as many as a sample's output has entries.
+        own_roots: whether every sample has cotangents of its own (the identity is shared).
 
     Raises:
         ValueError: one sample's input rows alone exceed ``max_memory``; non-finite or random outputs.
@@ -202,7 +204,8 @@ def linearizations(
         count = foot.outputs if cotangents is None else cotangents
         size = x.element_size() if x.is_floating_point() else 4
         kept = count * foot.held if with_input else foot.held
-        per_sample = foot.saved_bytes + size * (2 * kept + 4 * foot.widest)
+        rooted = 3 * count * foot.outputs if own_roots else 0
+        per_sample = foot.saved_bytes + size * (2 * kept + 4 * foot.widest + rooted)
         chunk = max(1, min(n, max_memory // max(per_sample, 1)))
     for start in range(0, n, chunk):
         part = x[start : start + chunk]
@@ -210,6 +213,10 @@ def linearizations(
             output, calls, edge = _forward(model, part, with_input)
         if foot is not None and start == 0:
             _check_independence(alone.detach(), output.detach())
+            if len(part) > 2:  # what only flows forward along the batch never reaches its first samples
+                with preserve_state(model):
+                    last = _forward(model, part[-1:], False)[0]
+                _check_independence(last.detach(), output.detach()[-1:])
         doubtful = ambiguous | _misplaced(calls, len(part))
         coverage = match_parameters(output, calls, parameters, doubtful)
         yield Linearization(part, start, output, tuple(calls), coverage, edge, max_memory, doubtful)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import vjp, vmap
 
-from flatkern.problem import call_with
+from flatkern.layers.shared_weight import row_energy
+from flatkern.problem import call_with, preserve_state
 
 __all__ = ["per_sample_squared_norms"]
 
@@ -41,17 +42,20 @@ def per_sample_squared_norms(
         _, pull, *_ = vjp(lambda p: call_with(model, p, x_i.unsqueeze(0).clone()).squeeze(0), primals)
 
         def squares(s: Tensor) -> dict[str, Tensor]:
-            return {name: g.square().sum(dtype=torch.float64) for name, g in pull(s)[0].items()}
+            return {name: row_energy(g.flatten()) for name, g in pull(s)[0].items()}
 
         return {name: v.sum(0) for name, v in vmap(squares)(s_i).items()}
 
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*performance drop.*")  # slower, still right
-            norms = vmap(one_sample, chunk_size=chunk)(x.detach(), roots.movedim(0, 1))
+            # nothing outside is differentiated: recording would keep every sample's gradients
+            with torch.no_grad(), preserve_state(model):
+                norms = vmap(one_sample, chunk_size=chunk)(x.detach(), roots.movedim(0, 1))
     except (RuntimeError, ValueError, NotImplementedError):
         # control flow on data, in-place operations, operators without a batching rule
-        return _loop(model, x, roots, parameters), "loop over samples"
+        with preserve_state(model):
+            return _loop(model, x, roots, parameters), "loop over samples"
     return {name: v.detach() for name, v in norms.items()}, "vmap"
 
 
@@ -64,5 +68,5 @@ def _loop(model: nn.Module, x: Tensor, roots: Tensor, parameters: Mapping[str, T
             grads = torch.autograd.grad(output, tensors, root, retain_graph=True, allow_unused=True)
             for name, g in zip(parameters, grads, strict=True):
                 if g is not None:
-                    norms[name][i] += g.square().sum(dtype=torch.float64)
+                    norms[name][i] += row_energy(g.flatten())
     return norms

@@ -198,6 +198,11 @@ def check_model(model: nn.Module) -> None:
                 f"model: lazy parameter {name!r} has no shape yet; call the model once on a batch first"
             )
     for name, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+            raise ValueError(
+                f"model: embedding {name!r} has max_norm, so a forward pass rewrites its weights; renormalize them "
+                "once and set max_norm to None"
+            )
         if not module.training:
             continue
         if isinstance(module, _BATCH_NORM):
@@ -215,7 +220,7 @@ def check_input(x: Tensor, *, differentiable: bool, name: str = "x") -> None:
     """Refuse inputs with no samples, non-finite entries, or (where a Jacobian is needed) no gradient."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor with the samples on axis 0, got {type(x).__name__}")
-    if x.ndim == 0 or len(x) == 0:
+    if x.ndim == 0 or x.numel() == 0:
         raise ValueError(f"{name}: shape {tuple(x.shape)} holds no sample; axis 0 holds the samples")
     if differentiable and not x.is_floating_point():
         raise TypeError(
@@ -236,6 +241,8 @@ def check_output(model: nn.Module, output: Any, n: int) -> Tensor:
         )
     if not output.is_floating_point():
         raise TypeError(f"model: output dtype {output.dtype} is not a real floating-point type")
+    if output.numel() == 0:
+        raise ValueError(f"model: output shape {tuple(output.shape)} holds no entry")
     if not bool(torch.isfinite(output).all()):
         for name, p in model.named_parameters():
             if not bool(torch.isfinite(p).all()):
@@ -265,6 +272,7 @@ def preserve_state(model: nn.Module, *, allow_random: bool = False) -> Iterator[
     cpu_state = torch.get_rng_state()
     gpu_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()]
+    bound = [(m, name, b) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
     drew = False
     try:
         yield
@@ -275,6 +283,8 @@ def preserve_state(model: nn.Module, *, allow_random: bool = False) -> Iterator[
         if gpu_state is not None and not torch.equal(torch.cuda.get_rng_state(device), gpu_state):
             drew = True
             torch.cuda.set_rng_state(gpu_state, device)
+        for module, name, buffer in bound:  # a forward may also put another tensor in its place
+            module._buffers[name] = buffer
         with torch.no_grad():
             for buffer, version, value in buffers:
                 if buffer._version != version:

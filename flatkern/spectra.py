@@ -69,7 +69,9 @@ class Spectrum:
             ValueError: ``rank`` not in 1 … min(N, M).
         """
         n, available = self.singular_values.shape
-        if rank is not None and (not isinstance(rank, int) or not 1 <= rank <= available):
+        if rank is not None and (
+            isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= available
+        ):
             raise ValueError(f"rank: must be an integer from 1 to min(N, M) = {available}, got {rank!r}")
         if rank is None and self.outputs > self.inputs:
             everything = torch.ones(n, dtype=torch.bool, device=self.energy.device)

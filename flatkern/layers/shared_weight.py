@@ -65,4 +65,5 @@ def bias_squared_norms(cotangents: Tensor) -> Tensor:
 
 def row_energy(rows: Tensor) -> Tensor:
     """‖row‖² over the last axis as float64, in one read and without a temporary of the rows' size."""
-    return torch.linalg.vector_norm(rows, dim=-1).double().square()
+    wide = torch.float32 if rows.dtype in (torch.float16, torch.bfloat16) else None  # half would overflow
+    return torch.linalg.vector_norm(rows, dim=-1, dtype=wide).double().square()

@@ -11,7 +11,7 @@ from torch import nn
 import flatkern as fk
 from flatkern.capture import record_calls
 from flatkern.problem import Batches, Layout, call_with, select_parameters
-from tests.core.networks import NAMES, networks
+from tests.core.networks import NAMES, networks, parameter_jacobian
 
 QUANTITIES = {
     "sharpness": fk.sharpness,
@@ -235,3 +235,78 @@ def test_replacing_parameters_leaves_the_model_its_own(name):
     call_with(model, {n: torch.zeros_like(p) for n, p in parameters.items()}, x.clone())
     assert identity == [id(p) for p in model.parameters()]
     assert torch.equal(before, model(x.clone()))
+
+
+class _Weighted(nn.Module):
+    """A layer called with a weight computed from its own: the graph uses the parameter once, but not as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.o = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.o(torch.func.functional_call(self.a, {"weight": self.a.weight * 2}, (x,)).tanh())
+
+
+def test_a_weight_changed_on_its_way_into_the_layer():
+    model, x = _Weighted().double(), torch.randn(4, 3).double()
+    exact = sum(j.square().sum((1, 2)) for j in parameter_jacobian(model, x).values())
+    torch.testing.assert_close(fk.sharpness(model, x).per_sample, exact)
+
+
+def test_samples_that_see_only_earlier_ones_are_refused():
+    class Causal(_Calls):
+        def __init__(self):
+            super().__init__(lambda z: z + 0.1 * torch.cat([z[:1] * 0, z.cumsum(0)[:-1]]))
+
+    with pytest.raises(ValueError, match="changes with the other samples"):
+        fk.sharpness(Causal(), torch.randn(5, 3))
+
+
+class _Counts(nn.Module):
+    """Writes into one buffer and replaces another, and uses a parameter directly (the fall-back runs it too)."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.scale = nn.Linear(3, 2), nn.Parameter(torch.ones(2))
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(2))
+
+    def forward(self, x):
+        self.calls += 1
+        self.mean = self.mean * 0.9 + 1
+        return self.a(x) * self.scale
+
+
+def test_buffers_written_or_replaced_are_as_before():
+    model = _Counts()
+    mean = model.mean
+    fk.geometry(model, torch.randn(4, 3))
+    assert float(model.calls) == 0
+    assert model.mean is mean
+    assert torch.equal(mean, torch.zeros(2))
+
+
+def test_a_forward_that_rewrites_its_weights_is_refused():
+    with pytest.raises(ValueError, match="has max_norm"):
+        fk.sharpness(nn.Sequential(nn.Embedding(5, 3, max_norm=0.1), nn.Flatten()), torch.tensor([[1], [2]]))
+
+
+def test_a_geometry_of_another_state_is_refused():
+    model, x = networks()["mlp tanh"]
+    g = fk.geometry(model, x)
+    with pytest.raises(ValueError, match="other inputs than x"):
+        fk.bounds(model, 2 * x, geometry=g)
+    with pytest.raises(ValueError, match="another model or at other weights"):
+        fk.bounds(copy.deepcopy(model), x, geometry=g)
+    with torch.no_grad():
+        model[0].weight.mul_(0.5)
+    with pytest.raises(ValueError, match="another model or at other weights"):
+        fk.bounds(model, x, geometry=g)
+
+
+def test_half_precision_does_not_overflow():
+    x = (300 * torch.randn(4, 60)).half()
+    g = fk.geometry(nn.Linear(60, 3).half(), x)
+    torch.testing.assert_close(g.input_norm_sq, x.double().square().sum(1))
+    assert torch.isfinite(g.sharpness.per_sample).all()
