@@ -119,9 +119,27 @@ def graph_nodes(root: Node, without: frozenset[Node] = frozenset()) -> tuple[set
 
 # what a layer's own forward puts between its output and its parameters
 _OWN = frozenset(
-    ["Addmm", "Mm", "Bmm", "Linear", "Add", "Convolution", "MkldnnConvolution", "CudnnConvolution"]
-    + ["ToCopy", "T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "Alias"]
-    + ["Squeeze", "Unsqueeze", "Expand"]
+    {
+        "Add",
+        "Addmm",
+        "Alias",
+        "Bmm",
+        "Convolution",
+        "CudnnConvolution",
+        "Expand",
+        "Linear",
+        "MkldnnConvolution",
+        "Mm",
+        "Permute",
+        "ReshapeAlias",
+        "Squeeze",
+        "T",
+        "ToCopy",
+        "Transpose",
+        "Unsqueeze",
+        "UnsafeView",
+        "View",
+    }
 )
 
 
