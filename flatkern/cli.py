@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         "--steps",
         type=_positive,
         metavar="N",
-        help="iterations of SGD (45000; --quick 6000; --paper 750000; more for --data digits)",
+        help="iterations of SGD (45000; --quick 4000; --paper 750000; more for other --data)",
     )
     demo.add_argument(
         "--jobs", type=_positive, metavar="N", help="processes at a time (one a core, at most five)"

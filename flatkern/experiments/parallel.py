@@ -77,7 +77,7 @@ def _in_processes(
         _drain(ticks, report)
         return {setting: future.result() for future, setting in futures.items()}
     except BrokenProcessPool:
-        raise UserError("a training process died (out of memory?); --jobs 1 needs the least memory") from None
+        raise UserError("a training process died; if memory ran out, --jobs 1 needs the least") from None
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
