@@ -16,7 +16,7 @@ from flatkern.estimators import (
 )
 from flatkern.flatness import ggn_trace, sharpness
 from flatkern.geometry import Geometry, LayerGeometry, geometry
-from flatkern.operators import LinearOperator, ggn, hessian
+from flatkern.operators import LinearOperator, fisher, ggn, hessian, hvp, jacobian
 from flatkern.results import Estimate, PerSample
 from flatkern.volume import local_dimensionality, log_volume, max_sensitivity
 
@@ -38,10 +38,13 @@ __all__ = [
     "__version__",
     "bounds",
     "eigsh",
+    "fisher",
     "geometry",
     "ggn",
     "ggn_trace",
     "hessian",
+    "hvp",
+    "jacobian",
     "kernels",
     "local_dimensionality",
     "log_volume",
