@@ -4,68 +4,46 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from flatkern.losses import Loss, Reduction, resolve_loss
+from flatkern.losses import Reduction
 from flatkern.operators.base import LinearOperator
+from flatkern.operators.batches import (
+    Forward,
+    OperatorData,
+    fingerprint,
+    num_samples,
+    reading,
+    same_fingerprint,
+    tensors_in,
+)
+from flatkern.operators.determinism import CHANGED_DATA, check_output_again, check_second_pass
+from flatkern.operators.evaluation import OWN_LOSS, evaluate, resolve
 from flatkern.operators.forms import twice_differentiable
 from flatkern.operators.graph_memory import graph_bytes
+from flatkern.operators.linearization import (
+    KeptBatch,
+    Linearization,
+    OperatorInfo,
+    check_layers,
+    vector_kind,
+)
 from flatkern.operators.staleness import StaleOperatorError, WeightsWatch
 from flatkern.problem import (
     DEFAULT_MAX_MEMORY,
-    Batches,
     Layout,
     ParameterSelection,
     check_input,
     check_model,
-    check_output,
     model_device,
     preserve_state,
     select_parameters,
 )
 
-__all__ = ["CurvatureOperator", "Linearization", "OperatorInfo", "vector_kind"]
-
-
-class Linearization(Protocol):
-    """One batch at fixed θ as a linear map on parameter-shaped tensors."""
-
-    @property
-    def roots(self) -> Sequence[Tensor]:
-        """The tensors whose autograd graphs are kept."""
-        ...
-
-    def apply(self, tangents: Sequence[Tensor | None], wanted: Sequence[int]) -> Sequence[Tensor | None]:
-        """Curvature of this batch's loss numerator times a tangent, for the wanted parameters only.
-
-        ``tangents`` has an entry a parameter and the result one a wanted parameter; ``None`` stands for zeros.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class OperatorInfo:
-    """How an operator does its products, and what it has done so far."""
-
-    method: str
-    batches: int
-    kept_batches: int
-    """Batches whose graph is held in memory; the others are rebuilt in every product."""
-    kept_bytes: int
-    max_memory: int
-    products: int
-    linearize_seconds: float
-
-
-@dataclass
-class _Batch:
-    scale: float  # what the linearization's product is multiplied with before it is summed
-    sums: list[Tensor]  # per-sample sums of x and y, to recognise the batch when it is read again
-    kept: Linearization | None
+__all__ = ["CurvatureOperator"]
 
 
 class CurvatureOperator(LinearOperator):
@@ -79,9 +57,12 @@ class CurvatureOperator(LinearOperator):
         denominator: what the summed loss numerators are divided by: 1 for a sum, for a mean the number of
             samples, of output entries, or the summed weights of the kept labels (see
             :class:`flatkern.losses.Loss`).
+        info: how products are done, as an :class:`OperatorInfo`.
     """
 
     layout: Layout
+    splits_at_output: ClassVar[bool] = True
+    """Whether the operator needs the model's output and not only the loss."""
 
     def __init__(
         self,
@@ -92,12 +73,20 @@ class CurvatureOperator(LinearOperator):
         params: ParameterSelection = None,
         reduction: Reduction | None = None,
         max_memory: int | None = None,
+        forward: Forward | None = None,
+        check_determinism: bool = True,
         linearize: bool = True,
     ) -> None:
         check_model(model)
         if max_memory is not None and max_memory < 0:
             raise ValueError(f"max_memory: {max_memory} is negative; give bytes, 0 to keep no graph at all")
-        self._loss: Loss = resolve_loss(loss_fn, reduction)
+        self._loss = resolve(loss_fn, reduction, forward)
+        if self._loss.name == OWN_LOSS and self.splits_at_output:
+            raise ValueError(
+                "loss_fn: with None only the loss is known, and this matrix is split at the model's output; give "
+                "loss_fn and forward=(model, batch) -> (output, target), or take fk.hessian"
+            )
+        self._forward = forward
         self._check_loss()
         self._model = model
         self._named = select_parameters(model, params)
@@ -105,9 +94,10 @@ class CurvatureOperator(LinearOperator):
         dtype, device = vector_kind(self._named)
         layout = Layout(self._named)
         super().__init__((layout.size, layout.size), dtype, device, symmetric=True, layout=layout)
-        self._data = Batches(data, model_device(model))
+        self._data = OperatorData(data, model_device(model), forward)
         self._max_memory = DEFAULT_MAX_MEMORY if max_memory is None else int(max_memory)
         self._products = 0
+        self._untried = check_determinism  # whether data and model are still to be asked twice
         self._unchecked = self._loss.callable  # a callable's reduction is compared with two halves once
         self._watch: WeightsWatch | None = None
         if linearize:
@@ -131,28 +121,32 @@ class CurvatureOperator(LinearOperator):
         """Linearize at the present weights (one pass over the data) and return the operator."""
         start = time.perf_counter()
         check_model(self._model)
-        _check_layers(self._model)
+        check_layers(self._model)
         self._watch = None  # until this has succeeded, there is nothing to multiply with
-        self._batches: list[_Batch] = []
+        self._batches: list[KeptBatch] = []
         self._kept_bytes = 0
         self.num_data = 0
         total_weight: Tensor | float = 0.0
         largest, keeping = 0, True
-        # the outer guard covers what reading the data does: a DataLoader draws a seed from the global
+        # the outer guards cover what reading the data does: a DataLoader draws a seed from the global
         # generator
-        with preserve_state(self._model, allow_random=True):
-            for index, (x, y) in enumerate(self._data):
-                linear, weight = self._build(x, y, index, first=True)
+        with preserve_state(self._model, allow_random=True), reading(self._data.source):
+            for index, batch in enumerate(self._data):
+                linear, weight, scale = self._build(batch, index, first=True)
                 total_weight = total_weight + weight
-                self.num_data += len(x)
+                self.num_data += num_samples(batch)
                 size = graph_bytes(linear.roots, self._model.parameters())
                 largest = max(largest, size)
                 keeping = keeping and self._kept_bytes + size <= self._max_memory
                 self._kept_bytes += size if keeping else 0
-                self._batches.append(_Batch(float(len(x)), _sample_sums(x, y), linear if keeping else None))
+                self._batches.append(KeptBatch(scale, fingerprint(batch), linear if keeping else None))
                 del linear
                 if not keeping:
                     self._make_room(largest)
+            if self._untried:
+                sums = [batch.sums for batch in self._batches]
+                check_second_pass(self._data, sums, order_matters=not keeping)
+                self._untried = False
         self.denominator = self._loss.denominator(total_weight)
         for batch in self._batches:
             batch.scale /= self.denominator
@@ -169,22 +163,38 @@ class CurvatureOperator(LinearOperator):
                 self._kept_bytes -= graph_bytes(batch.kept.roots, self._model.parameters())
                 batch.kept = None
 
-    def _build(self, x: Tensor, y: Tensor, index: int, *, first: bool) -> tuple[Linearization, Tensor]:
-        """Forward pass and linearization of one batch, of the per-sample mean (a loss's usual magnitude)."""
+    def _build(self, batch: Any, index: int, *, first: bool) -> tuple[Linearization, Tensor, float]:
+        """Forward pass and linearization of one batch, of the per-sample mean (a loss's usual magnitude).
+
+        Returns the map, the batch's part of the denominator, and what the map's products are to be
+        multiplied with.
+        """
         if first:
-            check_input(x, differentiable=False, name=f"data: x of batch {index}")
-            if y.is_floating_point() and not bool(torch.isfinite(y).all()):
-                raise ValueError(f"data: y of batch {index} holds NaN or Inf")
+            self._check_batch(batch, index)
+        samples, own = num_samples(batch), self._loss.name == OWN_LOSS
         with preserve_state(self._model), twice_differentiable(self._model):
-            output = check_output(self._model, self._model(x), len(x))
+            output, y = evaluate(self._model, batch, self._forward, own_loss=own, samples=samples)
             if output.dtype in (torch.bfloat16, torch.float16):
                 output = output.float()
             if self._unchecked and len(output) > 1:
-                self._loss.check_reduction(output.detach(), y)
+                if isinstance(y, Tensor) and y.ndim and len(y) == len(output):
+                    self._loss.check_reduction(output.detach(), y)
                 self._unchecked = False
             linear = self._linearize(output, y, index)
             weight = self._loss.weight(output.detach(), y).detach() if first else output.new_zeros(())
-        return linear, weight
+        if first and index == 0 and self._untried:
+            with preserve_state(self._model), twice_differentiable(self._model), torch.no_grad():
+                again, _ = evaluate(self._model, batch, self._forward, own_loss=own, samples=samples)
+            check_output_again(output, again)
+        return linear, weight, float(len(output))
+
+    def _check_batch(self, batch: Any, index: int) -> None:
+        if self._forward is None:
+            check_input(batch[0], differentiable=False, name=f"data: x of batch {index}")
+        for tensor in tensors_in(batch):
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                what = "y" if self._forward is None else "a tensor"
+                raise ValueError(f"data: {what} of batch {index} holds NaN or Inf")
 
     def _numerator(self, output: Tensor, target: Tensor) -> Tensor:
         """The loss's numerator over the batch's number of samples, checked."""
@@ -200,16 +210,20 @@ class CurvatureOperator(LinearOperator):
         """The product with v [P] or [P, k] in one pass over the data; nothing is kept."""
         self._check_vectors(v)
         rows = v.detach()[None] if v.ndim == 1 else v.detach().mT
-        _check_layers(self._model)
+        check_layers(self._model)
         wanted = range(len(self._parameters))
         tangents = [self._tangents(row, wanted) for row in rows]
         total = torch.zeros(len(rows), self.shape[0], dtype=self.dtype, device=self.device)
         weights: Tensor | float = 0.0
-        with torch.no_grad(), preserve_state(self._model, allow_random=True):
-            for index, (x, y) in enumerate(self._data):
-                linear, weight = self._build(x, y, index, first=True)
+        with (
+            torch.no_grad(),
+            preserve_state(self._model, allow_random=True),
+            reading(self._data.source),
+        ):
+            for index, batch in enumerate(self._data):
+                linear, weight, scale = self._build(batch, index, first=True)
                 weights = weights + weight
-                self._accumulate(total, linear, tangents, wanted, float(len(x)))
+                self._accumulate(total, linear, tangents, wanted, scale)
         total /= self._loss.denominator(weights)
         return total[0] if v.ndim == 1 else total.mT
 
@@ -236,21 +250,21 @@ class CurvatureOperator(LinearOperator):
     def _accumulate_rebuilt(
         self, total: Tensor, tangents: Sequence[Sequence[Tensor | None]], wanted: Sequence[int]
     ) -> None:
-        with preserve_state(self._model, allow_random=True):
+        with preserve_state(self._model, allow_random=True), reading(self._data.source):
             count = 0
-            for index, (x, y) in enumerate(self._data):
+            for index, batch in enumerate(self._data):
                 count += 1
                 if index >= len(self._batches):
                     break
-                batch = self._batches[index]
-                if batch.kept is not None:
+                known = self._batches[index]
+                if known.kept is not None:
                     continue
-                if not _same_data(batch.sums, _sample_sums(x, y)):
-                    raise RuntimeError(_CHANGED_DATA.format(f"batch {index} differs"))
-                linear, _ = self._build(x, y, index, first=False)
-                self._accumulate(total, linear, tangents, wanted, batch.scale)
+                if not same_fingerprint(known.sums, fingerprint(batch)):
+                    raise RuntimeError(CHANGED_DATA.format(f"batch {index} differs"))
+                linear, _, _ = self._build(batch, index, first=False)
+                self._accumulate(total, linear, tangents, wanted, known.scale)
             if count != len(self._batches):
-                raise RuntimeError(_CHANGED_DATA.format("the number of batches differs"))
+                raise RuntimeError(CHANGED_DATA.format("the number of batches differs"))
 
     def _accumulate(
         self,
@@ -297,42 +311,3 @@ class CurvatureOperator(LinearOperator):
             products=self._products,
             linearize_seconds=self._seconds,
         )
-
-
-_CHANGED_DATA = (
-    "data: {} from the pass at linearization, so samples would be counted twice or left out; pass data that "
-    "is the same in every pass (shuffle=False, no random augmentation), or raise max_memory until all is kept"
-)
-
-
-def _sample_sums(x: Tensor, y: Tensor) -> list[Tensor]:
-    # sums rather than a few entries: strided pixels of images may all lie on a blank border
-    return [
-        t.reshape(len(x), -1).sum(1, dtype=torch.float64) for t in (x, y.expand(len(x)) if y.ndim == 0 else y)
-    ]
-
-
-def _same_data(old: Sequence[Tensor], new: Sequence[Tensor]) -> bool:
-    return all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-9) for a, b in zip(old, new, strict=True))
-
-
-def vector_kind(named: dict[str, nn.Parameter]) -> tuple[torch.dtype, torch.device]:
-    """Dtype of flat vectors (the parameters', at least float32) and the device of all parameters."""
-    dtype, devices = torch.float32, {p.device for p in named.values()}
-    if len(devices) > 1:
-        raise ValueError(
-            f"model: its parameters are spread over {', '.join(map(str, devices))}; put them on one device"
-        )
-    for name, p in named.items():
-        if p.is_complex():
-            raise TypeError(f"model: parameter {name!r} is complex, which is not supported")
-        dtype = torch.promote_types(dtype, p.dtype)
-    return dtype, devices.pop()
-
-
-def _check_layers(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
-            raise ValueError(
-                f"model: embedding {name!r} has sparse=True, whose gradients torch differentiates only once"
-            )

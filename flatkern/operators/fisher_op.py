@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flatkern.losses import Reduction
+from flatkern.operators.batches import Forward
 from flatkern.operators.curvature import CurvatureOperator
 from flatkern.operators.ggn_op import CurvedOutput, output_gradient
 from flatkern.operators.output_map import OutputMap
@@ -91,6 +92,8 @@ def fisher(
     params: ParameterSelection = None,
     reduction: Reduction | None = None,
     max_memory: int | None = None,
+    forward: Forward | None = None,
+    check_determinism: bool = True,
 ) -> FisherOperator:
     """The Fisher matrix of a loss as a linear operator.
 
@@ -109,7 +112,8 @@ def fisher(
     :func:`flatkern.operators.hessian`, whose arguments, result and errors these are as well.
 
     Args:
-        model, data, params, reduction, max_memory: as in :func:`flatkern.operators.hessian`.
+        model, data, params, reduction, max_memory, forward, check_determinism: as in
+            :func:`flatkern.operators.hessian`.
         loss_fn: cross-entropy (also :class:`flatkern.losses.TokenCrossEntropyLoss`), NLL, BCE with logits or
             MSE; for ``kind="empirical"`` also Huber and any callable that is a sum or mean over samples.
         kind: see above.
@@ -139,4 +143,6 @@ def fisher(
         params=params,
         reduction=reduction,
         max_memory=max_memory,
+        forward=forward,
+        check_determinism=check_determinism,
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flatkern.losses import Loss, Reduction
+from flatkern.operators.batches import Forward
 from flatkern.operators.curvature import CurvatureOperator
 from flatkern.operators.output_map import OutputMap
 from flatkern.problem import ParameterSelection
@@ -103,12 +104,15 @@ def ggn(
     params: ParameterSelection = None,
     reduction: Reduction | None = None,
     max_memory: int | None = None,
+    forward: Forward | None = None,
+    check_determinism: bool = True,
 ) -> GGNOperator:
     """The generalized Gauss-Newton matrix of a loss as a linear operator.
 
     G = Σ_i J_iᵀ H_i J_i / denominator [P, P], with J_i = ∂f(x_i)/∂θ [N, P] and H_i = ∂²ℓ_i/∂f² [N, N]. It is
     positive semi-definite where the loss is convex in the output, and the Hessian without its term in
-    ∂²f/∂θ². Arguments, weights of batches, result and errors are those of :func:`flatkern.operators.hessian`.
+    ∂²f/∂θ². Arguments, weights of batches, result and errors are those of
+    :func:`flatkern.operators.hessian`; it needs output and loss apart, so ``loss_fn=None`` raises.
 
     The split between model and loss is where ``model`` ends: a model that ends in ``log_softmax``, with a
     loss that is linear in it, has a zero G; end it at the logits and use ``nn.CrossEntropyLoss``.
@@ -130,4 +134,13 @@ def ggn(
         >>> G @ torch.tensor([1.0, 0.0, 0.0, 0.0])
         tensor([2., 2., 2., 2.])
     """
-    return GGNOperator(model, loss_fn, data, params=params, reduction=reduction, max_memory=max_memory)
+    return GGNOperator(
+        model,
+        loss_fn,
+        data,
+        params=params,
+        reduction=reduction,
+        max_memory=max_memory,
+        forward=forward,
+        check_determinism=check_determinism,
+    )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flatkern.losses import Reduction
+from flatkern.operators.batches import Forward
 from flatkern.operators.curvature import CurvatureOperator
 from flatkern.problem import ParameterSelection
 
@@ -18,12 +19,14 @@ __all__ = ["HessianOperator", "hessian", "hvp"]
 class HessianOperator(CurvatureOperator):
     """∂²L/∂θ² [P, P]; made by :func:`hessian`."""
 
+    splits_at_output = False
+
     @property
     def method(self) -> str:
         """How a product is done."""
         return "double backward"
 
-    def _linearize(self, output: Tensor, target: Tensor, index: int) -> _GradientGraph:
+    def _linearize(self, output: Tensor, target: Any, index: int) -> _GradientGraph:
         value = self._numerator(output, target)
         gradients: Sequence[Tensor | None] = [None] * len(self._parameters)
         if value.requires_grad:
@@ -77,6 +80,8 @@ def hessian(
     params: ParameterSelection = None,
     reduction: Reduction | None = None,
     max_memory: int | None = None,
+    forward: Forward | None = None,
+    check_determinism: bool = True,
 ) -> HessianOperator:
     """The Hessian of a loss in the parameters as a linear operator.
 
@@ -86,13 +91,22 @@ def hessian(
     Args:
         model: any module; in eval mode where it has batch norm or dropout. It is left as found.
         loss_fn: ``nn.CrossEntropyLoss``, ``nn.MSELoss``, ``nn.BCEWithLogitsLoss``, or any callable
-            (output, target) → scalar with ``reduction`` said.
+            (output, target) → scalar with ``reduction`` said. ``nn.NLLLoss``, ``nn.HuberLoss``, ``nn.SmoothL1Loss``
+            and :class:`flatkern.losses.TokenCrossEntropyLoss` (outputs [B, T, V]) are known as well. ``None`` for a
+            model that computes its own loss: then ``forward`` returns the loss, or (loss, weight) with the
+            batch's weight in the mean (default: its number of samples), and ``reduction`` is required.
         data: one pair (x, y) or a re-iterable of pairs (a list, a DataLoader), samples on axis 0.
         params: names or globs; default all parameters with ``requires_grad``. Tied ones count once; unused
             ones have zero rows and columns.
-        reduction: ``"mean"`` or ``"sum"`` over samples, for a callable ``loss_fn`` only.
+        reduction: ``"mean"`` or ``"sum"`` over samples, for a callable ``loss_fn`` only. It is checked once, against
+            the values on two halves of the first batch.
         max_memory: bytes for kept graphs (default 1 GiB). Batches beyond it are rebuilt in every product; a
             single rebuilt batch still takes what it takes.
+        forward: (model, batch) → (output, target), for batches that are not pairs: dicts, models of Hugging Face
+            (``lambda m, b: (m(input_ids=b["input_ids"]).logits, b["labels"])``). Samples on axis 0.
+        check_determinism: read the data a second time and run the model twice on the first batch, once, when the
+            operator is made, and raise where something differs (shuffling where batches are rebuilt,
+            augmentation, random models), naming the cause. ``False`` skips it. Lists are not read again.
 
     Returns:
         A symmetric operator on vectors [P] and [P, k] in the parameters' dtype (float32 for bfloat16 and
@@ -118,7 +132,16 @@ def hessian(
         >>> H.shape, (H @ torch.ones(8)).shape
         ((8, 8), torch.Size([8]))
     """
-    return HessianOperator(model, loss_fn, data, params=params, reduction=reduction, max_memory=max_memory)
+    return HessianOperator(
+        model,
+        loss_fn,
+        data,
+        params=params,
+        reduction=reduction,
+        max_memory=max_memory,
+        forward=forward,
+        check_determinism=check_determinism,
+    )
 
 
 def hvp(
@@ -129,6 +152,7 @@ def hvp(
     *,
     params: ParameterSelection = None,
     reduction: Reduction | None = None,
+    forward: Forward | None = None,
 ) -> Tensor:
     """One product H v of a loss's Hessian with a vector, or with the columns of a matrix.
 
@@ -146,5 +170,14 @@ def hvp(
         >>> hvp(model, torch.nn.MSELoss(), (torch.ones(4, 3), torch.zeros(4, 1)), torch.ones(4))
         tensor([8., 8., 8., 8.])
     """
-    op = HessianOperator(model, loss_fn, data, params=params, reduction=reduction, linearize=False)
+    op = HessianOperator(
+        model,
+        loss_fn,
+        data,
+        params=params,
+        reduction=reduction,
+        forward=forward,
+        linearize=False,
+        check_determinism=False,
+    )
     return op._once(v)

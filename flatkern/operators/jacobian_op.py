@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from flatkern.operators.base import LinearOperator
-from flatkern.operators.curvature import vector_kind
 from flatkern.operators.forms import twice_differentiable
+from flatkern.operators.linearization import vector_kind
 from flatkern.operators.output_map import OutputMap
 from flatkern.operators.staleness import StaleOperatorError, WeightsWatch
 from flatkern.problem import (

@@ -1,0 +1,76 @@
+"""One batch at fixed θ as a linear map; what an operator says about itself; which models it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["KeptBatch", "Linearization", "OperatorInfo", "check_layers", "vector_kind"]
+
+
+class Linearization(Protocol):
+    """One batch at fixed θ as a linear map on parameter-shaped tensors."""
+
+    @property
+    def roots(self) -> Sequence[Tensor]:
+        """The tensors whose autograd graphs are kept."""
+        ...
+
+    def apply(self, tangents: Sequence[Tensor | None], wanted: Sequence[int]) -> Sequence[Tensor | None]:
+        """Curvature of this batch's loss numerator times a tangent, for the wanted parameters only.
+
+        ``tangents`` has an entry a parameter and the result one a wanted parameter; ``None`` stands for zeros.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class OperatorInfo:
+    """How an operator does its products, and what it has done so far."""
+
+    method: str
+    batches: int
+    kept_batches: int
+    """Batches whose graph is held in memory; the others are rebuilt in every product."""
+    kept_bytes: int
+    max_memory: int
+    products: int
+    linearize_seconds: float
+
+
+@dataclass
+class KeptBatch:
+    """What an operator remembers of a batch."""
+
+    scale: float
+    """What the linearization's product is multiplied with before it is summed."""
+    sums: list[Tensor]
+    """The batch's fingerprint."""
+    kept: Linearization | None
+
+
+def vector_kind(named: Mapping[str, nn.Parameter]) -> tuple[torch.dtype, torch.device]:
+    """Dtype of flat vectors (the parameters', at least float32) and the device of all parameters."""
+    dtype, devices = torch.float32, {p.device for p in named.values()}
+    if len(devices) > 1:
+        raise ValueError(
+            f"model: its parameters are spread over {', '.join(map(str, devices))}; put them on one device"
+        )
+    for name, p in named.items():
+        if p.is_complex():
+            raise TypeError(f"model: parameter {name!r} is complex, which is not supported")
+        dtype = torch.promote_types(dtype, p.dtype)
+    return dtype, devices.pop()
+
+
+def check_layers(model: nn.Module) -> None:
+    """Refuse layers whose gradients torch cannot differentiate in any form."""
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
+            raise ValueError(
+                f"model: embedding {name!r} has sparse=True, whose gradients torch differentiates only once"
+            )
