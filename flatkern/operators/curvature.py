@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
@@ -22,7 +24,7 @@ from flatkern.operators.batches import (
 )
 from flatkern.operators.determinism import CHANGED_DATA, check_output_again, check_second_pass
 from flatkern.operators.evaluation import OWN_LOSS, evaluate, resolve
-from flatkern.operators.forms import twice_differentiable
+from flatkern.operators.forms import Autocast, twice_differentiable
 from flatkern.operators.graph_memory import graph_bytes
 from flatkern.operators.linearization import (
     KeptBatch,
@@ -30,6 +32,14 @@ from flatkern.operators.linearization import (
     OperatorInfo,
     check_layers,
     vector_kind,
+)
+from flatkern.operators.products import (
+    BlockSize,
+    Mode,
+    Parts,
+    accumulate,
+    forward_is_faster,
+    resolve_mode,
 )
 from flatkern.operators.staleness import StaleOperatorError, WeightsWatch
 from flatkern.problem import (
@@ -75,6 +85,8 @@ class CurvatureOperator(LinearOperator):
         max_memory: int | None = None,
         forward: Forward | None = None,
         check_determinism: bool = True,
+        mode: Mode = "auto",
+        block_size: int | None = None,
         linearize: bool = True,
     ) -> None:
         check_model(model)
@@ -96,6 +108,11 @@ class CurvatureOperator(LinearOperator):
         super().__init__((layout.size, layout.size), dtype, device, symmetric=True, layout=layout)
         self._data = OperatorData(data, model_device(model), forward)
         self._max_memory = DEFAULT_MAX_MEMORY if max_memory is None else int(max_memory)
+        supported = forward is None and not self.splits_at_output
+        self._max_memory = resolve_mode(mode, self._max_memory, forward_supported=supported)
+        self._mode: Mode = "rebuilt" if mode == "kept" or (mode == "auto" and not supported) else mode
+        self._block = BlockSize(block_size)
+        self._autocast = Autocast(device)
         self._products = 0
         self._untried = check_determinism  # whether data and model are still to be asked twice
         self._unchecked = self._loss.callable  # a callable's reduction is compared with two halves once
@@ -112,6 +129,10 @@ class CurvatureOperator(LinearOperator):
     def _linearize(self, output: Tensor, target: Tensor, index: int) -> Linearization:
         """The map of batch ``index``, from the model's output with its graph."""
         raise NotImplementedError
+
+    def _without_graph(self, batch: Any) -> Linearization | None:
+        """The map of a batch that keeps no graph, where there is one."""
+        return None
 
     def _check_loss(self) -> None:
         """Refuse losses that this operator is not defined for."""
@@ -143,6 +164,7 @@ class CurvatureOperator(LinearOperator):
                 del linear
                 if not keeping:
                     self._make_room(largest)
+            self._block.limit = self._max_memory // max(largest, 1)
             if self._untried:
                 sums = [batch.sums for batch in self._batches]
                 check_second_pass(self._data, sums, order_matters=not keeping)
@@ -172,8 +194,10 @@ class CurvatureOperator(LinearOperator):
         if first:
             self._check_batch(batch, index)
         samples, own = num_samples(batch), self._loss.name == OWN_LOSS
-        with preserve_state(self._model), twice_differentiable(self._model):
-            output, y = evaluate(self._model, batch, self._forward, own_loss=own, samples=samples)
+        with preserve_state(self._model), twice_differentiable(self._model), ExitStack() as stack:
+            with self._autocast.region():
+                output, y = evaluate(self._model, batch, self._forward, own_loss=own, samples=samples)
+            stack.enter_context(self._autocast.outside())
             if output.dtype in (torch.bfloat16, torch.float16):
                 output = output.float()
             if self._unchecked and len(output) > 1:
@@ -183,7 +207,12 @@ class CurvatureOperator(LinearOperator):
             linear = self._linearize(output, y, index)
             weight = self._loss.weight(output.detach(), y).detach() if first else output.new_zeros(())
         if first and index == 0 and self._untried:
-            with preserve_state(self._model), twice_differentiable(self._model), torch.no_grad():
+            with (
+                preserve_state(self._model),
+                twice_differentiable(self._model),
+                self._autocast.region(),
+                torch.no_grad(),
+            ):
                 again, _ = evaluate(self._model, batch, self._forward, own_loss=own, samples=samples)
             check_output_again(output, again)
         return linear, weight, float(len(output))
@@ -211,8 +240,8 @@ class CurvatureOperator(LinearOperator):
         self._check_vectors(v)
         rows = v.detach()[None] if v.ndim == 1 else v.detach().mT
         check_layers(self._model)
-        wanted = range(len(self._parameters))
-        tangents = [self._tangents(row, wanted) for row in rows]
+        parts = Parts(self._parameters, range(len(self._parameters)), self.dtype)
+        rows = rows.contiguous()
         total = torch.zeros(len(rows), self.shape[0], dtype=self.dtype, device=self.device)
         weights: Tensor | float = 0.0
         with (
@@ -223,7 +252,8 @@ class CurvatureOperator(LinearOperator):
             for index, batch in enumerate(self._data):
                 linear, weight, scale = self._build(batch, index, first=True)
                 weights = weights + weight
-                self._accumulate(total, linear, tangents, wanted, scale)
+                with self._autocast.outside():
+                    accumulate(total, linear, rows, parts, scale, block_size=1)
         total /= self._loss.denominator(weights)
         return total[0] if v.ndim == 1 else total.mT
 
@@ -236,20 +266,24 @@ class CurvatureOperator(LinearOperator):
             raise StaleOperatorError("the last H.refresh() of this operator failed; call it again")
         self._watch.check()
         self._products += len(rows)
-        tangents = [self._tangents(row, wanted) for row in rows]
-        fresh = any(batch.kept is not None for batch in self._batches)
-        total = torch.empty_like(rows) if fresh else torch.zeros_like(rows)
-        for batch in self._batches:
-            if batch.kept is not None:
-                self._accumulate(total, batch.kept, tangents, wanted, batch.scale, fresh=fresh)
-                fresh = False
-        if any(batch.kept is None for batch in self._batches):
-            self._accumulate_rebuilt(total, tangents, wanted)
+        rows = rows.contiguous()
+        parts = Parts(self._parameters, wanted, self.dtype)
+        kept = [batch for batch in self._batches if batch.kept is not None]
+        make = torch.empty if kept else torch.zeros
+        with torch.inference_mode(False), torch.no_grad(), self._autocast.outside():
+            total = make(rows.shape, dtype=self.dtype, device=self.device)
+            for i, batch in enumerate(kept):
+                assert batch.kept is not None
+                size = self._block.size(batch.kept, rows, parts)
+                accumulate(total, batch.kept, rows, parts, batch.scale, block_size=size, fresh=i == 0)
+            if len(kept) < len(self._batches):
+                self._accumulate_rebuilt(total, rows, parts)
         return total
 
-    def _accumulate_rebuilt(
-        self, total: Tensor, tangents: Sequence[Sequence[Tensor | None]], wanted: Sequence[int]
-    ) -> None:
+    def _rebuilt(self, batch: Any, index: int) -> Linearization:
+        return self._build(batch, index, first=False)[0]
+
+    def _accumulate_rebuilt(self, total: Tensor, rows: Tensor, parts: Parts) -> None:
         with preserve_state(self._model, allow_random=True), reading(self._data.source):
             count = 0
             for index, batch in enumerate(self._data):
@@ -261,42 +295,17 @@ class CurvatureOperator(LinearOperator):
                     continue
                 if not same_fingerprint(known.sums, fingerprint(batch)):
                     raise RuntimeError(CHANGED_DATA.format(f"batch {index} differs"))
-                linear, _, _ = self._build(batch, index, first=False)
-                self._accumulate(total, linear, tangents, wanted, known.scale)
+                if self._mode == "auto":
+                    rebuild = partial(self._rebuilt, batch, index)
+                    faster = forward_is_faster(rebuild, partial(self._without_graph, batch), rows, parts)
+                    self._mode = "forward" if faster else "rebuilt"
+                linear = self._without_graph(batch) if self._mode == "forward" else None
+                if linear is None:
+                    linear = self._rebuilt(batch, index)
+                size = self._block.size(linear, rows, parts) if self._mode != "forward" else 1
+                accumulate(total, linear, rows, parts, known.scale, block_size=size)
             if count != len(self._batches):
                 raise RuntimeError(CHANGED_DATA.format("the number of batches differs"))
-
-    def _accumulate(
-        self,
-        total: Tensor,
-        linear: Linearization,
-        tangents: Sequence[Sequence[Tensor | None]],
-        wanted: Sequence[int],
-        scale: float,
-        *,
-        fresh: bool = False,
-    ) -> None:
-        chosen = [self._parameters[i] for i in wanted]
-        for out, tangent in zip(total, tangents, strict=True):
-            images = linear.apply(tangent, wanted)
-            parts = [
-                (p.new_zeros(p.numel()) if t is None else t.reshape(-1)).to(self.dtype)
-                for t, p in zip(images, chosen, strict=True)
-            ]
-            if fresh:  # the first batch is written straight into its place: two passes over [P] less
-                torch.cat(parts, out=out)
-                out.mul_(scale)
-            else:
-                out.add_(torch.cat(parts), alpha=scale)
-
-    def _tangents(self, row: Tensor, wanted: Sequence[int]) -> list[Tensor | None]:
-        """A flat vector of the wanted parameters → one tensor a parameter, ``None`` for the others."""
-        tangents: list[Tensor | None] = [None] * len(self._parameters)
-        pieces = row.split([self._parameters[i].numel() for i in wanted])
-        for i, piece in zip(wanted, pieces, strict=True):
-            p = self._parameters[i]
-            tangents[i] = piece.view(p.shape).to(p.dtype)
-        return tangents
 
     @property
     def info(self) -> OperatorInfo:
@@ -304,6 +313,8 @@ class CurvatureOperator(LinearOperator):
         kept = sum(batch.kept is not None for batch in self._batches)
         return OperatorInfo(
             method=self.method,
+            mode="kept" if kept == len(self._batches) else self._mode,
+            block_size=self._block.chosen,
             batches=len(self._batches),
             kept_batches=kept,
             kept_bytes=self._kept_bytes,

@@ -13,6 +13,7 @@ from flatkern.operators.batches import Forward
 from flatkern.operators.curvature import CurvatureOperator
 from flatkern.operators.ggn_op import CurvedOutput, output_gradient
 from flatkern.operators.output_map import OutputMap
+from flatkern.operators.products import Mode
 from flatkern.problem import ParameterSelection
 
 __all__ = ["FisherOperator", "fisher"]
@@ -94,6 +95,8 @@ def fisher(
     max_memory: int | None = None,
     forward: Forward | None = None,
     check_determinism: bool = True,
+    mode: Mode = "auto",
+    block_size: int | None = None,
 ) -> FisherOperator:
     """The Fisher matrix of a loss as a linear operator.
 
@@ -112,7 +115,7 @@ def fisher(
     :func:`flatkern.operators.hessian`, whose arguments, result and errors these are as well.
 
     Args:
-        model, data, params, reduction, max_memory, forward, check_determinism: as in
+        model, data, params, reduction, max_memory, forward, check_determinism, mode, block_size: as in
             :func:`flatkern.operators.hessian`.
         loss_fn: cross-entropy (also :class:`flatkern.losses.TokenCrossEntropyLoss`), NLL, BCE with logits or
             MSE; for ``kind="empirical"`` also Huber and any callable that is a sum or mean over samples.
@@ -145,4 +148,6 @@ def fisher(
         max_memory=max_memory,
         forward=forward,
         check_determinism=check_determinism,
+        mode=mode,
+        block_size=block_size,
     )

@@ -12,6 +12,7 @@ from flatkern.losses import Loss, Reduction
 from flatkern.operators.batches import Forward
 from flatkern.operators.curvature import CurvatureOperator
 from flatkern.operators.output_map import OutputMap
+from flatkern.operators.products import Mode
 from flatkern.problem import ParameterSelection
 
 __all__ = ["CurvedOutput", "GGNOperator", "ggn", "output_gradient"]
@@ -53,11 +54,19 @@ class CurvedOutput:
         """The tensors whose autograd graphs are kept."""
         return self._map.roots
 
-    def apply(self, tangents: Sequence[Tensor | None], wanted: Sequence[int]) -> Sequence[Tensor | None]:
+    def apply(
+        self, tangents: Sequence[Tensor | None], wanted: Sequence[int], *, batched: bool = False
+    ) -> Sequence[Tensor | None]:
         """J v, C, Jᵀ."""
-        change = self._map.push(tangents)
-        curved = None if change is None else self._product(change)
-        return [None] * len(wanted) if curved is None else self._map.pull(curved, wanted)
+        change = self._map.push(tangents, batched=batched)
+        if change is None:
+            return [None] * len(wanted)
+        if batched:  # the output is small beside the network: its map goes vector by vector
+            rows = [row for c in change if (row := self._product(c)) is not None]
+            curved = torch.stack(rows) if rows else None
+        else:
+            curved = self._product(change)
+        return [None] * len(wanted) if curved is None else self._map.pull(curved, wanted, batched=batched)
 
 
 def _loss_product(point: Tensor, target: Tensor, loss: Loss) -> OutputProduct:
@@ -106,6 +115,8 @@ def ggn(
     max_memory: int | None = None,
     forward: Forward | None = None,
     check_determinism: bool = True,
+    mode: Mode = "auto",
+    block_size: int | None = None,
 ) -> GGNOperator:
     """The generalized Gauss-Newton matrix of a loss as a linear operator.
 
@@ -143,4 +154,6 @@ def ggn(
         max_memory=max_memory,
         forward=forward,
         check_determinism=check_determinism,
+        mode=mode,
+        block_size=block_size,
     )

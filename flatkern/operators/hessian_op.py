@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from flatkern.losses import Reduction
 from flatkern.operators.batches import Forward
 from flatkern.operators.curvature import CurvatureOperator
+from flatkern.operators.forward_over_reverse import ForwardOverReverse
+from flatkern.operators.linearization import Linearization
+from flatkern.operators.products import Mode
 from flatkern.problem import ParameterSelection
 
 __all__ = ["HessianOperator", "hessian", "hvp"]
@@ -20,6 +23,11 @@ class HessianOperator(CurvatureOperator):
     """∂²L/∂θ² [P, P]; made by :func:`hessian`."""
 
     splits_at_output = False
+
+    def _without_graph(self, batch: Any) -> Linearization | None:
+        if self._forward is not None:
+            return None
+        return ForwardOverReverse(self._model, self._named, batch, self._loss, self._autocast)
 
     @property
     def method(self) -> str:
@@ -58,7 +66,9 @@ class _GradientGraph:
         """The tensors whose autograd graphs are kept."""
         return list(self._active.values())
 
-    def apply(self, tangents: Sequence[Tensor | None], wanted: Sequence[int]) -> Sequence[Tensor | None]:
+    def apply(
+        self, tangents: Sequence[Tensor | None], wanted: Sequence[int], *, batched: bool = False
+    ) -> Sequence[Tensor | None]:
         """The gradient of ⟨∇L, v⟩ in the wanted parameters."""
         used = [i for i in self._active if tangents[i] is not None]
         if not used:
@@ -69,6 +79,7 @@ class _GradientGraph:
             grad_outputs=[t for i in used if (t := tangents[i]) is not None],
             retain_graph=True,
             allow_unused=True,
+            is_grads_batched=batched,
         )
 
 
@@ -82,6 +93,8 @@ def hessian(
     max_memory: int | None = None,
     forward: Forward | None = None,
     check_determinism: bool = True,
+    mode: Mode = "auto",
+    block_size: int | None = None,
 ) -> HessianOperator:
     """The Hessian of a loss in the parameters as a linear operator.
 
@@ -104,6 +117,11 @@ def hessian(
             single rebuilt batch still takes what it takes.
         forward: (model, batch) → (output, target), for batches that are not pairs: dicts, models of Hugging Face
             (``lambda m, b: (m(input_ids=b["input_ids"]).logits, b["labels"])``). Samples on axis 0.
+        mode: ``"auto"`` keeps the graphs that fit and, for the other batches, takes the faster of rebuilding the
+            graph and forward over reverse, timed on the first of them; ``"kept"`` never takes the latter;
+            ``"rebuilt"`` and ``"forward"`` keep no graph. ``"forward"`` needs pairs (x, y).
+        block_size: vectors in one batched pass; default: 1 or up to 8, whichever is faster, timed at the first
+            product with several vectors. Where a layer has no batching rule it is 1. ``info`` says what was chosen.
         check_determinism: read the data a second time and run the model twice on the first batch, once, when the
             operator is made, and raise where something differs (shuffling where batches are rebuilt,
             augmentation, random models), naming the cause. ``False`` skips it. Lists are not read again.
@@ -141,6 +159,8 @@ def hessian(
         max_memory=max_memory,
         forward=forward,
         check_determinism=check_determinism,
+        mode=mode,
+        block_size=block_size,
     )
 
 

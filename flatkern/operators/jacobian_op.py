@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flatkern.operators.base import LinearOperator
-from flatkern.operators.forms import twice_differentiable
+from flatkern.operators.forms import Autocast, twice_differentiable
 from flatkern.operators.linearization import vector_kind
 from flatkern.operators.output_map import OutputMap
 from flatkern.operators.staleness import StaleOperatorError, WeightsWatch
@@ -61,6 +61,7 @@ class JacobianOperator(LinearOperator):
         else:
             dtype, device = torch.promote_types(torch.float32, x.dtype), self._x.device
             self._leaves = ()
+        self._autocast = Autocast(device)
         self._domain = (dtype, device, layout)
         self.refresh()
 
@@ -73,10 +74,12 @@ class JacobianOperator(LinearOperator):
                 self._leaves = (self._x.clone().requires_grad_(),)
             # a copy: a layer may write to its input in place
             x = (self._leaves[0] if self.wrt == "input" else self._x).clone()
-            output = check_output(self._model, self._model(x), self.num_data)
+            with self._autocast.region():
+                output = check_output(self._model, self._model(x), self.num_data)
             if output.dtype in (torch.bfloat16, torch.float16):
                 output = output.float()
-            self._map = OutputMap(self._leaves, output)
+            with self._autocast.outside():
+                self._map = OutputMap(self._leaves, output)
         self.output_shape = output.shape[1:]
         dtype, device, layout = self._domain
         columns = sum(leaf.numel() for leaf in self._leaves)
@@ -87,11 +90,13 @@ class JacobianOperator(LinearOperator):
     def _rows(self, rows: Tensor) -> Tensor:
         self._check_fresh()
         images = torch.zeros(len(rows), self.shape[0], dtype=self.dtype, device=self.device)
-        for image, row in zip(images, rows, strict=True):
+        for image, row in zip(images, rows.contiguous(), strict=True):
             pieces = row.split([leaf.numel() for leaf in self._leaves])
-            change = self._map.push(
-                [p.view(leaf.shape).to(leaf.dtype) for p, leaf in zip(pieces, self._leaves, strict=True)]
-            )
+            tangents = [
+                p.view(leaf.shape).to(leaf.dtype) for p, leaf in zip(pieces, self._leaves, strict=True)
+            ]
+            with self._autocast.outside():
+                change = self._map.push(tangents)
             if change is not None:
                 image.copy_(change.reshape(-1))
         return images
@@ -100,8 +105,9 @@ class JacobianOperator(LinearOperator):
         self._check_fresh()
         images = torch.zeros(len(rows), self.shape[1], dtype=self.dtype, device=self.device)
         output = self._map.output
-        for image, row in zip(images, rows, strict=True):
-            pulled = self._map.pull(row.view(output.shape).to(output.dtype))
+        for image, row in zip(images, rows.contiguous(), strict=True):
+            with self._autocast.outside():
+                pulled = self._map.pull(row.view(output.shape).to(output.dtype))
             self._write(image, pulled)
         return images
 

@@ -20,10 +20,13 @@ class Linearization(Protocol):
         """The tensors whose autograd graphs are kept."""
         ...
 
-    def apply(self, tangents: Sequence[Tensor | None], wanted: Sequence[int]) -> Sequence[Tensor | None]:
+    def apply(
+        self, tangents: Sequence[Tensor | None], wanted: Sequence[int], *, batched: bool = False
+    ) -> Sequence[Tensor | None]:
         """Curvature of this batch's loss numerator times a tangent, for the wanted parameters only.
 
         ``tangents`` has an entry a parameter and the result one a wanted parameter; ``None`` stands for zeros.
+        ``batched``: tangents and results have a leading axis, and one pass serves all of them.
         """
         ...
 
@@ -33,6 +36,11 @@ class OperatorInfo:
     """How an operator does its products, and what it has done so far."""
 
     method: str
+    mode: str
+    """What happens to batches that are not kept: ``"kept"`` (there are none), ``"rebuilt"``, ``"forward"`` or, before
+    the first product has decided, ``"auto"``."""
+    block_size: int | None
+    """Vectors in one pass; ``None``: not decided yet (the first product with several vectors does)."""
     batches: int
     kept_batches: int
     """Batches whose graph is held in memory; the others are rebuilt in every product."""

@@ -1,0 +1,183 @@
+"""Products of one batch's linearization with several vectors: one by one, or several in a pass."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from flatkern.operators.linearization import Linearization
+
+__all__ = [
+    "BlockSize",
+    "Mode",
+    "Parts",
+    "accumulate",
+    "forward_is_faster",
+    "images",
+    "resolve_mode",
+    "seconds",
+]
+
+Mode = str
+MODES = ("auto", "kept", "rebuilt", "forward")
+LARGEST_BLOCK = 8
+
+
+class Parts:
+    """How a flat vector of some of an operator's parameters falls apart into tensors."""
+
+    def __init__(self, parameters: Sequence[Tensor], wanted: Sequence[int], dtype: torch.dtype) -> None:
+        self.parameters, self.wanted, self.dtype = parameters, wanted, dtype
+        self._chosen = [parameters[i] for i in wanted]
+        self._sizes = [p.numel() for p in self._chosen]
+
+    def split(self, vectors: Tensor) -> list[Tensor | None]:
+        """[size] or [k, size] → one tensor a parameter of the operator, ``None`` for those not wanted."""
+        tangents: list[Tensor | None] = [None] * len(self.parameters)
+        for i, p, piece in zip(self.wanted, self._chosen, vectors.split(self._sizes, dim=-1), strict=True):
+            tangents[i] = piece.unflatten(-1, p.shape).to(p.dtype) if p.ndim else piece[..., 0].to(p.dtype)
+        return tangents
+
+    def join(self, parts: Sequence[Tensor | None], lead: Sequence[int]) -> list[Tensor]:
+        """Images of the wanted parameters, flat, ready for ``torch.cat`` along the last axis."""
+        return [
+            (p.new_zeros(*lead, p.numel()) if t is None else t.reshape(*lead, p.numel())).to(self.dtype)
+            for t, p in zip(parts, self._chosen, strict=True)
+        ]
+
+
+def accumulate(
+    total: Tensor,
+    linear: Linearization,
+    rows: Tensor,
+    parts: Parts,
+    scale: float,
+    *,
+    block_size: int,
+    fresh: bool = False,
+) -> None:
+    """total += scale · (linear applied to each row); ``fresh``: total holds nothing yet and is overwritten."""
+    step = max(1, block_size)
+    for start in range(0, len(rows), step):
+        many = step > 1 and len(rows) - start > 1
+        block = rows[start : start + step] if many else rows[start]
+        out = total[start : start + step] if many else total[start]
+        pieces = images(linear, block, parts)
+        if fresh:  # written straight into its place: two passes over [P] less
+            torch.cat(pieces, dim=-1, out=out)
+            out.mul_(scale)
+        else:
+            out.add_(torch.cat(pieces, dim=-1), alpha=scale)
+
+
+def images(linear: Linearization, vectors: Tensor, parts: Parts) -> list[Tensor]:
+    """The images of a vector [size], or of several [k, size] in one batched pass."""
+    many = vectors.ndim == 2
+    if not many:
+        return parts.join(linear.apply(parts.split(vectors), parts.wanted), ())
+    with warnings.catch_warnings():
+        # an op without a batching rule is looped over: slower, which the timing sees
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        return parts.join(linear.apply(parts.split(vectors), parts.wanted, batched=True), (len(vectors),))
+
+
+class BlockSize:
+    """How many vectors go into one pass: as asked for, or timed on the vectors themselves.
+
+    Ops without a batching rule make the batched pass fail, and the answer 1.
+
+    Attributes:
+        chosen: the present answer; ``None`` before there was a product with several vectors.
+        limit: the most vectors whose working set fits into memory.
+    """
+
+    def __init__(self, asked: int | None) -> None:
+        if asked is not None and (not isinstance(asked, int) or isinstance(asked, bool) or asked < 1):
+            raise ValueError(f"block_size: expected an integer of at least 1 or None, got {asked!r}")
+        self._measure = asked is None
+        self.chosen, self.limit, self._tried = asked, 1, 1
+
+    def size(self, linear: Linearization, rows: Tensor, parts: Parts) -> int:
+        """The size for these rows [k, P]; measured where more of them come than were tried before."""
+        most = (
+            min(len(rows), LARGEST_BLOCK, self.limit) if self._measure else min(len(rows), self.chosen or 1)
+        )
+        if most > self._tried and (self._measure or self._tried == 1):
+            self._tried = most
+            if self._measure:
+                self.chosen = _faster_size(linear, rows[:most], parts)
+            elif not _can_batch(linear, rows[:2], parts):
+                self.chosen = 1
+        return self.chosen or 1
+
+
+def _can_batch(linear: Linearization, rows: Tensor, parts: Parts) -> bool:
+    try:
+        images(linear, rows, parts)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+def _faster_size(linear: Linearization, rows: Tensor, parts: Parts) -> int:
+    if not _can_batch(linear, rows, parts):  # a first pass is slower: it is not timed
+        return 1
+
+    def alone() -> None:
+        for row in rows[:2]:
+            images(linear, row, parts)
+
+    alone()
+    single = min(seconds(alone), seconds(alone)) / 2
+    batched = seconds(lambda: images(linear, rows, parts))
+    if batched < 3 * len(rows) * single:
+        batched = min(batched, seconds(lambda: images(linear, rows, parts)))
+    return len(rows) if batched < 0.95 * len(rows) * single else 1
+
+
+def forward_is_faster(
+    rebuild: Callable[[], Linearization],
+    without_graph: Callable[[], Linearization | None],
+    rows: Tensor,
+    parts: Parts,
+) -> bool:
+    """Whether forward over reverse takes clearly less time for these vectors than building the graph anew."""
+
+    def run(make: Callable[[], Linearization | None]) -> None:
+        linear = make()
+        assert linear is not None
+        for row in rows[:LARGEST_BLOCK]:
+            images(linear, row, parts)
+
+    try:
+        run(without_graph)  # a first pass is slower
+        with_tangents = seconds(lambda: run(without_graph))
+    except (RuntimeError, NotImplementedError):  # an op without a tangent
+        return False
+    return with_tangents < 0.9 * min(seconds(lambda: run(rebuild)), seconds(lambda: run(rebuild)))
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Wall seconds of a call, with a CUDA device's work finished."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def resolve_mode(mode: str, max_memory: int, *, forward_supported: bool) -> int:
+    """The budget for kept graphs under a mode; refuses unknown and unsupported ones."""
+    if mode not in MODES:
+        raise ValueError(f"mode: expected one of {', '.join(map(repr, MODES))}, got {mode!r}")
+    if mode == "forward" and not forward_supported:
+        raise ValueError(
+            "mode: 'forward' (forward over reverse) is for fk.hessian on pairs (x, y) without forward=; use 'auto'"
+        )
+    return max_memory if mode in ("auto", "kept") else 0
