@@ -142,7 +142,7 @@ class CurvatureOperator(LinearOperator):
         """Linearize at the present weights (one pass over the data) and return the operator."""
         start = time.perf_counter()
         check_model(self._model)
-        check_layers(self._model)
+        check_layers(self._model, self._parameters)
         self._watch = None  # until this has succeeded, there is nothing to multiply with
         self._batches: list[KeptBatch] = []
         self._kept_bytes = 0
@@ -239,7 +239,7 @@ class CurvatureOperator(LinearOperator):
         """The product with v [P] or [P, k] in one pass over the data; nothing is kept."""
         self._check_vectors(v)
         rows = v.detach()[None] if v.ndim == 1 else v.detach().mT
-        check_layers(self._model)
+        check_layers(self._model, self._parameters)
         parts = Parts(self._parameters, range(len(self._parameters)), self.dtype)
         rows = rows.contiguous()
         total = torch.zeros(len(rows), self.shape[0], dtype=self.dtype, device=self.device)

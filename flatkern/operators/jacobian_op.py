@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from flatkern.operators.base import LinearOperator
 from flatkern.operators.forms import Autocast, twice_differentiable
-from flatkern.operators.linearization import vector_kind
+from flatkern.operators.linearization import check_layers, vector_kind
 from flatkern.operators.output_map import OutputMap
 from flatkern.operators.staleness import StaleOperatorError, WeightsWatch
 from flatkern.problem import (
@@ -58,6 +58,7 @@ class JacobianOperator(LinearOperator):
             dtype, device = vector_kind(named)
             layout = Layout(named)
             self._leaves: tuple[Tensor, ...] = tuple(named.values())
+            check_layers(model, self._leaves)
         else:
             dtype, device = torch.promote_types(torch.float32, x.dtype), self._x.device
             self._leaves = ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -75,10 +75,19 @@ def vector_kind(named: Mapping[str, nn.Parameter]) -> tuple[torch.dtype, torch.d
     return dtype, devices.pop()
 
 
-def check_layers(model: nn.Module) -> None:
-    """Refuse layers whose gradients torch cannot differentiate in any form."""
+def check_layers(model: nn.Module, chosen: Iterable[Tensor]) -> None:
+    """Refuse chosen parameters whose gradients torch cannot differentiate in any form."""
+    selected = {id(p) for p in chosen}
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
+        if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or id(module.weight) not in selected:
+            continue
+        if module.sparse:
             raise ValueError(
-                f"model: embedding {name!r} has sparse=True, whose gradients torch differentiates only once"
+                f"model: embedding {name!r} has sparse=True, whose gradients torch differentiates only once; make it "
+                "dense, or leave it out with params="
+            )
+        if isinstance(module, nn.EmbeddingBag):
+            raise ValueError(
+                f"model: torch cannot differentiate the gradient of the nn.EmbeddingBag {name!r}; use nn.Embedding and "
+                "a sum or mean over positions, or leave it out with params="
             )
