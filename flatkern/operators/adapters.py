@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flatkern.operators.base import LinearOperator
+from flatkern.operators.identity import digest
 
 __all__ = ["as_operator"]
 
@@ -80,6 +81,9 @@ class _TorchLike(LinearOperator):
             obj = obj.detach()
         self.obj = obj
 
+    def _identity(self) -> str | None:
+        return digest(self.obj) if isinstance(self.obj, Tensor) else None
+
     def _rows(self, rows: Tensor) -> Tensor:
         return _images(self.obj @ rows.mT, len(rows), self.shape[0])
 
@@ -91,6 +95,9 @@ class _NumpyLike(LinearOperator):
     def __init__(self, obj: Any, dtype: torch.dtype) -> None:
         super().__init__(tuple(obj.shape), dtype)
         self.obj = obj
+
+    def _identity(self) -> str | None:
+        return digest(self.obj) if isinstance(self.obj, np.ndarray) else None
 
     def _rows(self, rows: Tensor) -> Tensor:
         return self._images(self.obj @ rows.numpy().T, len(rows), self.shape[0])

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flatkern.operators.base import LinearOperator
+from flatkern.operators.identity import digest
 from flatkern.problem import Layout
 
-__all__ = ["Adjoint", "Identity", "Product", "Scaled", "Sum"]
+__all__ = ["Adjoint", "Composed", "Identity", "Product", "Scaled", "Sum"]
 
 
 def _check_kin(left: LinearOperator, right: LinearOperator, what: str) -> None:
@@ -18,6 +20,27 @@ def _check_kin(left: LinearOperator, right: LinearOperator, what: str) -> None:
         raise TypeError(f"{what}: the operators have dtypes {left.dtype} and {right.dtype}")
     if left.device != right.device:
         raise ValueError(f"{what}: the operators are on {left.device} and {right.device}")
+
+
+class Composed(LinearOperator):
+    """An operator made of others: its identity and engine are theirs."""
+
+    def _parts(self) -> tuple[LinearOperator, ...]:
+        raise NotImplementedError
+
+    def _settings(self) -> tuple[Any, ...]:
+        return ()
+
+    def _identity(self) -> str | None:
+        parts = [part._identity() for part in self._parts()]
+        return None if None in parts else digest(type(self).__name__, self._settings(), parts)
+
+    def _engine(self) -> dict[str, Any]:
+        return {str(i): part._engine() for i, part in enumerate(self._parts())}
+
+    def _use_engine(self, state: Mapping[str, Any]) -> None:
+        for i, part in enumerate(self._parts()):
+            part._use_engine(state.get(str(i), {}))
 
 
 class Identity(LinearOperator):
@@ -33,6 +56,9 @@ class Identity(LinearOperator):
     ) -> None:
         super().__init__((size, size), dtype, device, symmetric=True, layout=layout)
 
+    def _identity(self) -> str | None:
+        return digest("identity", self.shape, str(self.dtype))
+
     def _rows(self, rows: Tensor) -> Tensor:
         return rows.clone()
 
@@ -40,12 +66,18 @@ class Identity(LinearOperator):
         return rows.clone()
 
 
-class Scaled(LinearOperator):
+class Scaled(Composed):
     """c A; one scaling beyond a product with A."""
 
     def __init__(self, base: LinearOperator, factor: float) -> None:
         super().__init__(base.shape, base.dtype, base.device, symmetric=base.symmetric, layout=base.layout)
         self.base, self.factor = base, factor
+
+    def _parts(self) -> tuple[LinearOperator, ...]:
+        return (self.base,)
+
+    def _settings(self) -> tuple[Any, ...]:
+        return (self.factor,)
 
     def _rows(self, rows: Tensor) -> Tensor:
         return self.base._rows(rows) * self.factor
@@ -57,7 +89,7 @@ class Scaled(LinearOperator):
         return self.base._block_rows(rows, names) * self.factor
 
 
-class Sum(LinearOperator):
+class Sum(Composed):
     """A + B; one product with each."""
 
     def __init__(self, left: LinearOperator, right: LinearOperator) -> None:
@@ -69,6 +101,9 @@ class Sum(LinearOperator):
             left.shape, left.dtype, left.device, symmetric=both, layout=left.layout or right.layout
         )
         self.left, self.right = left, right
+
+    def _parts(self) -> tuple[LinearOperator, ...]:
+        return (self.left, self.right)
 
     def _rows(self, rows: Tensor) -> Tensor:
         return _add(self.left._rows(rows), self.right, rows)
@@ -90,7 +125,7 @@ def _add(image: Tensor, term: LinearOperator, rows: Tensor) -> Tensor:
     return image + (rows if isinstance(term, Identity) else term._rows(rows))
 
 
-class Product(LinearOperator):
+class Product(Composed):
     """A B: first B, then A. Not known to be symmetric even where A and B are."""
 
     def __init__(self, left: LinearOperator, right: LinearOperator) -> None:
@@ -100,6 +135,9 @@ class Product(LinearOperator):
         super().__init__((left.shape[0], right.shape[1]), left.dtype, left.device, layout=right.layout)
         self.left, self.right = left, right
 
+    def _parts(self) -> tuple[LinearOperator, ...]:
+        return (self.left, self.right)
+
     def _rows(self, rows: Tensor) -> Tensor:
         return self.left._rows(self.right._rows(rows))
 
@@ -107,7 +145,7 @@ class Product(LinearOperator):
         return self.right._adjoint_rows(self.left._adjoint_rows(rows))
 
 
-class Adjoint(LinearOperator):
+class Adjoint(Composed):
     """Aᵀ."""
 
     def __init__(self, base: LinearOperator) -> None:
@@ -115,6 +153,9 @@ class Adjoint(LinearOperator):
         layout = base.layout if base.shape[0] == base.shape[1] else None
         super().__init__((base.shape[1], base.shape[0]), base.dtype, base.device, layout=layout)
         self.base = base
+
+    def _parts(self) -> tuple[LinearOperator, ...]:
+        return (self.base,)
 
     @property
     def T(self) -> LinearOperator:

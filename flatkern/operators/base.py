@@ -206,6 +206,18 @@ class LinearOperator:
         full[:, columns] = rows
         return self._rows(full)[:, columns]
 
+    # -- recognising it in another process ---------------------------------------------------------
+    def _identity(self) -> str | None:
+        """A digest of what determines the products (weights, data, entries); ``None``: not known."""
+        return None
+
+    def _engine(self) -> dict[str, Any]:
+        """What was chosen by timing and decides rounding, as plain values."""
+        return {}
+
+    def _use_engine(self, state: Mapping[str, Any]) -> None:
+        """Take over choices made earlier (see :meth:`_engine`), so that products round alike."""
+
     # -- export ------------------------------------------------------------------------------------
     def to_dense(self, *, max_size: int = 8192, block_size: int = 64) -> Tensor:
         """The matrix [Q, P] itself, from P products in blocks; for small operators and tests.

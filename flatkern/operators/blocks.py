@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from flatkern.operators.algebra import Composed
 from flatkern.operators.base import LinearOperator
 from flatkern.problem import Layout
 
@@ -40,7 +42,7 @@ def by_layer(layout: Layout) -> dict[str, tuple[str, ...]]:
     return {module: tuple(names) for module, names in groups.items()}
 
 
-class Block(LinearOperator):
+class Block(Composed):
     """A[S, S] for the entries S of some parameters; made by ``op.block(names)``.
 
     It shares everything with the operator it was taken from: kept graphs, staleness, ``refresh()`` there.
@@ -60,6 +62,12 @@ class Block(LinearOperator):
         )
         self.base = base
 
+    def _parts(self) -> tuple[LinearOperator, ...]:
+        return (self.base,)
+
+    def _settings(self) -> tuple[Any, ...]:
+        return self.names
+
     def _rows(self, rows: Tensor) -> Tensor:
         return self.base._block_rows(rows, self.names)
 
@@ -70,7 +78,7 @@ class Block(LinearOperator):
         return self.base._block_rows(rows, names)
 
 
-class BlockDiagonal(LinearOperator):
+class BlockDiagonal(Composed):
     """The blocks of A on disjoint groups of parameters, zeros elsewhere; made by ``op.block_diagonal()``.
 
     Attributes:
@@ -92,6 +100,9 @@ class BlockDiagonal(LinearOperator):
             seen.update(block.names)
         super().__init__(base.shape, base.dtype, base.device, symmetric=base.symmetric, layout=base.layout)
         self.base = base
+
+    def _parts(self) -> tuple[LinearOperator, ...]:
+        return tuple(self.blocks.values())
 
     def _rows(self, rows: Tensor) -> Tensor:
         return self._apply(rows, adjoint=False)

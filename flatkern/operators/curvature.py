@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, ClassVar, Self
@@ -26,6 +26,7 @@ from flatkern.operators.determinism import CHANGED_DATA, check_output_again, che
 from flatkern.operators.evaluation import OWN_LOSS, evaluate, resolve
 from flatkern.operators.forms import Autocast, twice_differentiable
 from flatkern.operators.graph_memory import graph_bytes
+from flatkern.operators.identity import describe_loss, digest
 from flatkern.operators.linearization import (
     KeptBatch,
     Linearization,
@@ -98,7 +99,7 @@ class CurvatureOperator(LinearOperator):
                 "loss_fn: with None only the loss is known, and this matrix is split at the model's output; give "
                 "loss_fn and forward=(model, batch) -> (output, target), or take fk.hessian"
             )
-        self._forward = forward
+        self._forward, self._loss_fn = forward, loss_fn
         self._check_loss()
         self._model = model
         self._named = select_parameters(model, params)
@@ -306,6 +307,40 @@ class CurvatureOperator(LinearOperator):
                 accumulate(total, linear, rows, parts, known.scale, block_size=size)
             if count != len(self._batches):
                 raise RuntimeError(CHANGED_DATA.format("the number of batches differs"))
+
+    # -- recognising it in another process ---------------------------------------------------------
+    def _settings(self) -> tuple[Any, ...]:
+        """What distinguishes operators of one class on the same model, loss and data."""
+        return ()
+
+    def _identity(self) -> str | None:
+        return digest(
+            type(self).__name__,
+            self._settings(),
+            self._loss.name,
+            self._loss.reduction,
+            describe_loss(self._loss_fn),
+            self.layout.names,
+            list(self._model.named_parameters()),
+            list(self._model.named_buffers()),
+            [batch.sums for batch in self._batches],
+            self.denominator,
+        )
+
+    def _engine(self) -> dict[str, Any]:
+        kept = sum(batch.kept is not None for batch in self._batches)
+        return {"mode": self._mode, "block_size": self._block.chosen, "kept_batches": kept}
+
+    def _use_engine(self, state: Mapping[str, Any]) -> None:
+        kept = self._engine()["kept_batches"]
+        if kept != state["kept_batches"]:
+            raise ValueError(
+                f"max_memory: {kept} batches are kept, {state['kept_batches']} were in the earlier run, so sums would "
+                "round differently; make the operator with the same max_memory"
+            )
+        self._mode = state["mode"]
+        if state["block_size"] is not None:
+            self._block.fix(state["block_size"])
 
     @property
     def info(self) -> OperatorInfo:

@@ -58,6 +58,9 @@ class FisherOperator(CurvatureOperator):
             "per-sample gradients" if self.kind == "empirical" else f"{self.samples} sampled labels a sample"
         )
 
+    def _settings(self) -> tuple[Any, ...]:
+        return (self.kind, self.seed, self.samples)
+
     def _linearize(self, output: Tensor, target: Tensor, index: int) -> CurvedOutput:
         self._numerator(output.detach(), target)  # its checks only
         residuals = self._residuals(output.detach(), target, index)

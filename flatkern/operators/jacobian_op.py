@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from flatkern.operators.base import LinearOperator
 from flatkern.operators.forms import Autocast, twice_differentiable
+from flatkern.operators.identity import digest
 from flatkern.operators.linearization import check_layers, vector_kind
 from flatkern.operators.output_map import OutputMap
 from flatkern.operators.staleness import StaleOperatorError, WeightsWatch
@@ -156,6 +157,11 @@ class JacobianOperator(LinearOperator):
             )
             for part in chunks
         ]
+
+    def _identity(self) -> str | None:
+        parameters, buffers = list(self._model.named_parameters()), list(self._model.named_buffers())
+        names = () if self.layout is None else self.layout.names
+        return digest("Jacobian", self.wrt, names, parameters, buffers, self._x)
 
     def _check_fresh(self) -> None:
         if self._watch is None:

@@ -101,6 +101,10 @@ class BlockSize:
         self._measure = asked is None
         self.chosen, self.limit, self._tried = asked, 1, 1
 
+    def fix(self, size: int) -> None:
+        """Take a size chosen earlier."""
+        self._measure, self.chosen, self._tried = False, size, LARGEST_BLOCK
+
     def size(self, linear: Linearization, rows: Tensor, parts: Parts) -> int:
         """The size for these rows [k, P]; measured where more of them come than were tried before."""
         most = (
