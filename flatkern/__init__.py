@@ -5,7 +5,7 @@ Public names are exported here and nowhere else; see the README for a tour and e
 
 from importlib.metadata import PackageNotFoundError, version
 
-from flatkern import kernels
+from flatkern import kernels, losses
 from flatkern.bounds import Bounds, Inequality, bounds
 from flatkern.estimators import (
     Eigenpairs,
@@ -48,6 +48,7 @@ __all__ = [
     "kernels",
     "local_dimensionality",
     "log_volume",
+    "losses",
     "max_sensitivity",
     "sharpness",
     "spectral_density",

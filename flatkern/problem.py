@@ -183,12 +183,12 @@ def model_device(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def check_model(model: nn.Module) -> None:
-    """Refuse what makes the samples of a batch depend on one another or on chance.
+def check_model(model: nn.Module, *, train_mode: bool = False) -> None:
+    """Refuse what makes the samples of a batch depend on one another or on chance, unless ``train_mode`` allows it.
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: batch norm (with batch statistics) or dropout in train mode.
+        ValueError: batch norm with batch statistics, or dropout in train mode.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -202,6 +202,12 @@ def check_model(model: nn.Module) -> None:
             raise ValueError(
                 f"model: embedding {name!r} has max_norm, so a forward pass rewrites its weights; renormalize them "
                 "once and set max_norm to None"
+            )
+        if train_mode:
+            continue
+        if isinstance(module, _BATCH_NORM) and module.running_mean is None:
+            raise ValueError(
+                f"model: batch norm {name!r} keeps no running statistics, so a sample's output depends on its batch"
             )
         if not module.training:
             continue

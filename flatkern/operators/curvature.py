@@ -42,13 +42,13 @@ from flatkern.operators.products import (
     forward_is_faster,
     resolve_mode,
 )
-from flatkern.operators.staleness import StaleOperatorError, WeightsWatch
+from flatkern.operators.staleness import StaleOperatorError, WeightsWatch, modes_of
+from flatkern.operators.train_mode import TrainMode
 from flatkern.problem import (
     DEFAULT_MAX_MEMORY,
     Layout,
     ParameterSelection,
     check_input,
-    check_model,
     model_device,
     preserve_state,
     select_parameters,
@@ -88,9 +88,12 @@ class CurvatureOperator(LinearOperator):
         check_determinism: bool = True,
         mode: Mode = "auto",
         block_size: int | None = None,
+        train_mode: bool = False,
+        seed: int = 0,
         linearize: bool = True,
     ) -> None:
-        check_model(model)
+        self._train = TrainMode(train_mode, seed)
+        self._train.check(model)
         if max_memory is not None and max_memory < 0:
             raise ValueError(f"max_memory: {max_memory} is negative; give bytes, 0 to keep no graph at all")
         self._loss = resolve(loss_fn, reduction, forward)
@@ -131,7 +134,7 @@ class CurvatureOperator(LinearOperator):
         """The map of batch ``index``, from the model's output with its graph."""
         raise NotImplementedError
 
-    def _without_graph(self, batch: Any) -> Linearization | None:
+    def _without_graph(self, batch: Any, index: int) -> Linearization | None:
         """The map of a batch that keeps no graph, where there is one."""
         return None
 
@@ -142,7 +145,7 @@ class CurvatureOperator(LinearOperator):
     def refresh(self) -> Self:
         """Linearize at the present weights (one pass over the data) and return the operator."""
         start = time.perf_counter()
-        check_model(self._model)
+        self._train.check(self._model)
         check_layers(self._model, self._parameters)
         self._watch = None  # until this has succeeded, there is nothing to multiply with
         self._batches: list[KeptBatch] = []
@@ -168,12 +171,14 @@ class CurvatureOperator(LinearOperator):
             self._block.limit = self._max_memory // max(largest, 1)
             if self._untried:
                 sums = [batch.sums for batch in self._batches]
-                check_second_pass(self._data, sums, order_matters=not keeping)
+                # batch statistics and masks belong to the batches as they were composed
+                strict = self._train.allowed or not keeping
+                check_second_pass(self._data, sums, order_matters=strict)
                 self._untried = False
         self.denominator = self._loss.denominator(total_weight)
         for batch in self._batches:
             batch.scale /= self.denominator
-        self._watch = WeightsWatch(self._model)
+        self._watch, self._modes = WeightsWatch(self._model), modes_of(self._model)
         self._seconds = time.perf_counter() - start
         return self
 
@@ -195,8 +200,12 @@ class CurvatureOperator(LinearOperator):
         if first:
             self._check_batch(batch, index)
         samples, own = num_samples(batch), self._loss.name == OWN_LOSS
-        with preserve_state(self._model), twice_differentiable(self._model), ExitStack() as stack:
-            with self._autocast.region():
+        with (
+            self._train.preserved(self._model),
+            twice_differentiable(self._model),
+            ExitStack() as stack,
+        ):
+            with self._autocast.region(), self._train.region(self._model, index):
                 output, y = evaluate(self._model, batch, self._forward, own_loss=own, samples=samples)
             stack.enter_context(self._autocast.outside())
             if output.dtype in (torch.bfloat16, torch.float16):
@@ -209,9 +218,10 @@ class CurvatureOperator(LinearOperator):
             weight = self._loss.weight(output.detach(), y).detach() if first else output.new_zeros(())
         if first and index == 0 and self._untried:
             with (
-                preserve_state(self._model),
+                self._train.preserved(self._model),
                 twice_differentiable(self._model),
                 self._autocast.region(),
+                self._train.region(self._model, index),
                 torch.no_grad(),
             ):
                 again, _ = evaluate(self._model, batch, self._forward, own_loss=own, samples=samples)
@@ -285,6 +295,11 @@ class CurvatureOperator(LinearOperator):
         return self._build(batch, index, first=False)[0]
 
     def _accumulate_rebuilt(self, total: Tensor, rows: Tensor, parts: Parts) -> None:
+        if self._modes != modes_of(self._model):
+            raise StaleOperatorError(
+                "the model was switched between train and eval mode since this operator was linearized, and some "
+                "of its batches are rebuilt in every product; switch it back, or call H.refresh()"
+            )
         with preserve_state(self._model, allow_random=True), reading(self._data.source):
             count = 0
             for index, batch in enumerate(self._data):
@@ -298,9 +313,11 @@ class CurvatureOperator(LinearOperator):
                     raise RuntimeError(CHANGED_DATA.format(f"batch {index} differs"))
                 if self._mode == "auto":
                     rebuild = partial(self._rebuilt, batch, index)
-                    faster = forward_is_faster(rebuild, partial(self._without_graph, batch), rows, parts)
+                    faster = forward_is_faster(
+                        rebuild, partial(self._without_graph, batch, index), rows, parts
+                    )
                     self._mode = "forward" if faster else "rebuilt"
-                linear = self._without_graph(batch) if self._mode == "forward" else None
+                linear = self._without_graph(batch, index) if self._mode == "forward" else None
                 if linear is None:
                     linear = self._rebuilt(batch, index)
                 size = self._block.size(linear, rows, parts) if self._mode != "forward" else 1

@@ -29,20 +29,18 @@ class FisherOperator(CurvatureOperator):
         data: Any,
         *,
         kind: Literal["mc", "empirical"] = "mc",
-        seed: int = 0,
         samples: int = 1,
+        seed: int = 0,
         **options: Any,
     ) -> None:
         if kind not in ("mc", "empirical"):
             raise ValueError(f"kind: expected 'mc' or 'empirical', got {kind!r}")
-        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-            raise ValueError(f"seed: expected an integer of at least 0, got {seed!r}")
         if not isinstance(samples, int) or samples < 1:
             raise ValueError(f"samples: expected an integer of at least 1, got {samples!r}")
         if kind == "empirical" and samples != 1:
             raise ValueError("samples: the empirical Fisher draws no labels, so it has no number of samples")
         self.kind, self.seed, self.samples = kind, seed, samples
-        super().__init__(model, loss_fn, data, **options)
+        super().__init__(model, loss_fn, data, seed=seed, **options)
 
     def _check_loss(self) -> None:
         if self.kind == "mc" and self._loss.sampled is None:
@@ -100,6 +98,7 @@ def fisher(
     check_determinism: bool = True,
     mode: Mode = "auto",
     block_size: int | None = None,
+    train_mode: bool = False,
 ) -> FisherOperator:
     """The Fisher matrix of a loss as a linear operator.
 
@@ -118,12 +117,12 @@ def fisher(
     :func:`flatkern.operators.hessian`, whose arguments, result and errors these are as well.
 
     Args:
-        model, data, params, reduction, max_memory, forward, check_determinism, mode, block_size: as in
+        model, data, params, reduction, max_memory, forward, check_determinism, mode, block_size, train_mode: as in
             :func:`flatkern.operators.hessian`.
         loss_fn: cross-entropy (also :class:`flatkern.losses.TokenCrossEntropyLoss`), NLL, BCE with logits or
             MSE; for ``kind="empirical"`` also Huber and any callable that is a sum or mean over samples.
         kind: see above.
-        seed: of the labels' draws.
+        seed: of the labels' draws, and of the masks under ``train_mode``.
         samples: draws a sample for ``kind="mc"``.
 
     Cost: as :func:`flatkern.operators.ggn`. No per-sample gradient is formed.
@@ -153,4 +152,5 @@ def fisher(
         check_determinism=check_determinism,
         mode=mode,
         block_size=block_size,
+        train_mode=train_mode,
     )

@@ -9,12 +9,14 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from flatkern.operators.substitutes import Substitutes
+
 __all__ = ["Autocast", "twice_differentiable"]
 
 
 @contextmanager
 def twice_differentiable(model: nn.Module, *, tangents: bool = False) -> Iterator[None]:
-    """Gradients on, attention decomposed, and no cuDNN recurrences.
+    """Gradients on, attention decomposed, no cuDNN recurrences, and :class:`Substitutes` in force.
 
     The fused forms of ``F.scaled_dot_product_attention`` have no double backward; the decomposed one
     (``SDPBackend.MATH``) has. Neither have cuDNN's recurrent layers. Which form runs is decided in the
@@ -28,6 +30,7 @@ def twice_differentiable(model: nn.Module, *, tangents: bool = False) -> Iterato
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(Substitutes())
         if any(isinstance(m, nn.RNNBase) for m in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             if tangents:

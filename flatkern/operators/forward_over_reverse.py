@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from flatkern.losses import Loss
 from flatkern.operators.forms import Autocast, twice_differentiable
-from flatkern.problem import call_with, preserve_state
+from flatkern.operators.train_mode import TrainMode
+from flatkern.problem import call_with
 
 __all__ = ["ForwardOverReverse"]
 
@@ -22,9 +23,17 @@ class ForwardOverReverse:
     """
 
     def __init__(
-        self, model: nn.Module, named: dict[str, nn.Parameter], batch: Any, loss: Loss, autocast: Autocast
+        self,
+        model: nn.Module,
+        named: dict[str, nn.Parameter],
+        batch: Any,
+        loss: Loss,
+        autocast: Autocast,
+        train: TrainMode,
+        index: int,
     ) -> None:
         self._model, self._loss, self._autocast = model, loss, autocast
+        self._train, self._index = train, index
         self._x, self._y = batch
         self._names, self._values = list(named), [p.detach() for p in named.values()]
 
@@ -48,13 +57,13 @@ class ForwardOverReverse:
         )
 
         def value(*theta: Tensor) -> Tensor:
-            with self._autocast.region():
+            with self._autocast.region(), self._train.region(self._model, self._index):
                 output = call_with(self._model, dict(zip(names, theta, strict=True)), self._x.clone())
             if output.dtype in (torch.bfloat16, torch.float16):
                 output = output.float()
             return self._loss.numerator(output, self._y) / len(output)
 
         gradient = torch.func.grad(value, argnums=tuple(range(len(values))))
-        with preserve_state(self._model), twice_differentiable(self._model, tangents=True):
+        with self._train.preserved(self._model), twice_differentiable(self._model, tangents=True):
             images: tuple[Tensor, ...] = torch.func.jvp(gradient, values, directions)[1]
         return [image.detach() for image in images]

@@ -117,6 +117,8 @@ def ggn(
     check_determinism: bool = True,
     mode: Mode = "auto",
     block_size: int | None = None,
+    train_mode: bool = False,
+    seed: int = 0,
 ) -> GGNOperator:
     """The generalized Gauss-Newton matrix of a loss as a linear operator.
 
@@ -156,4 +158,6 @@ def ggn(
         check_determinism=check_determinism,
         mode=mode,
         block_size=block_size,
+        train_mode=train_mode,
+        seed=seed,
     )

@@ -24,10 +24,12 @@ class HessianOperator(CurvatureOperator):
 
     splits_at_output = False
 
-    def _without_graph(self, batch: Any) -> Linearization | None:
+    def _without_graph(self, batch: Any, index: int) -> Linearization | None:
         if self._forward is not None:
             return None
-        return ForwardOverReverse(self._model, self._named, batch, self._loss, self._autocast)
+        return ForwardOverReverse(
+            self._model, self._named, batch, self._loss, self._autocast, self._train, index
+        )
 
     @property
     def method(self) -> str:
@@ -95,6 +97,8 @@ def hessian(
     check_determinism: bool = True,
     mode: Mode = "auto",
     block_size: int | None = None,
+    train_mode: bool = False,
+    seed: int = 0,
 ) -> HessianOperator:
     """The Hessian of a loss in the parameters as a linear operator.
 
@@ -102,7 +106,7 @@ def hessian(
     batches, class weights and ignored labels weigh as in one batch with everything in it.
 
     Args:
-        model: any module; in eval mode where it has batch norm or dropout. It is left as found.
+        model: any module; in eval mode where it has batch norm or dropout (or see ``train_mode``). It is left as found.
         loss_fn: ``nn.CrossEntropyLoss``, ``nn.MSELoss``, ``nn.BCEWithLogitsLoss``, or any callable
             (output, target) → scalar with ``reduction`` said. ``nn.NLLLoss``, ``nn.HuberLoss``, ``nn.SmoothL1Loss``
             and :class:`flatkern.losses.TokenCrossEntropyLoss` (outputs [B, T, V]) are known as well. ``None`` for a
@@ -125,6 +129,11 @@ def hessian(
         check_determinism: read the data a second time and run the model twice on the first batch, once, when the
             operator is made, and raise where something differs (shuffling where batches are rebuilt,
             augmentation, random models), naming the cause. ``False`` skips it. Lists are not read again.
+        train_mode: allow batch norm with batch statistics, dropout, and other randomness in the forward pass. The loss
+            is then one fixed function of θ: statistics are those of each batch as it is composed, and are
+            differentiated through; the random numbers of batch b come from (``seed``, b), the same in every pass.
+            Running statistics are not updated. ``False``: such models raise.
+        seed: of the masks under ``train_mode``.
 
     Returns:
         A symmetric operator on vectors [P] and [P, k] in the parameters' dtype (float32 for bfloat16 and
@@ -161,6 +170,8 @@ def hessian(
         check_determinism=check_determinism,
         mode=mode,
         block_size=block_size,
+        train_mode=train_mode,
+        seed=seed,
     )
 
 
@@ -173,6 +184,8 @@ def hvp(
     params: ParameterSelection = None,
     reduction: Reduction | None = None,
     forward: Forward | None = None,
+    train_mode: bool = False,
+    seed: int = 0,
 ) -> Tensor:
     """One product H v of a loss's Hessian with a vector, or with the columns of a matrix.
 
@@ -197,6 +210,8 @@ def hvp(
         params=params,
         reduction=reduction,
         forward=forward,
+        train_mode=train_mode,
+        seed=seed,
         linearize=False,
         check_determinism=False,
     )

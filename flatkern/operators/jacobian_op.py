@@ -13,15 +13,14 @@ from flatkern.operators.identity import digest
 from flatkern.operators.linearization import check_layers, vector_kind
 from flatkern.operators.output_map import OutputMap
 from flatkern.operators.staleness import StaleOperatorError, WeightsWatch
+from flatkern.operators.train_mode import TrainMode
 from flatkern.problem import (
     DEFAULT_MAX_MEMORY,
     Layout,
     ParameterSelection,
     check_input,
-    check_model,
     check_output,
     model_device,
-    preserve_state,
     select_parameters,
 )
 
@@ -44,12 +43,20 @@ class JacobianOperator(LinearOperator):
         *,
         wrt: Literal["params", "input"] = "params",
         params: ParameterSelection = None,
+        train_mode: bool = False,
+        seed: int = 0,
     ) -> None:
         if wrt not in ("params", "input"):
             raise ValueError(f"wrt: expected 'params' or 'input', got {wrt!r}")
         if wrt == "input" and params is not None:
             raise ValueError("params: it selects parameters, so it goes with wrt='params' only")
-        check_model(model)
+        if wrt == "input" and train_mode:
+            raise ValueError(
+                "train_mode: batch statistics tie samples together, so the input Jacobian would not be block diagonal; "
+                "call model.eval()"
+            )
+        self._train = TrainMode(train_mode, seed)
+        self._train.check(model)
         check_input(x, differentiable=wrt == "input")
         self.wrt, self._model, self._x = wrt, model, x.detach().to(model_device(model))
         self.num_data, self.input_shape = len(x), x.shape[1:]
@@ -70,13 +77,13 @@ class JacobianOperator(LinearOperator):
     def refresh(self) -> Self:
         """Linearize at the present weights (one forward and one backward pass) and return the operator."""
         self._watch: WeightsWatch | None = None
-        check_model(self._model)
-        with preserve_state(self._model), twice_differentiable(self._model):
+        self._train.check(self._model)
+        with self._train.preserved(self._model), twice_differentiable(self._model):
             if self.wrt == "input":
                 self._leaves = (self._x.clone().requires_grad_(),)
             # a copy: a layer may write to its input in place
             x = (self._leaves[0] if self.wrt == "input" else self._x).clone()
-            with self._autocast.region():
+            with self._autocast.region(), self._train.region(self._model, 0):
                 output = check_output(self._model, self._model(x), self.num_data)
             if output.dtype in (torch.bfloat16, torch.float16):
                 output = output.float()
@@ -175,6 +182,8 @@ def jacobian(
     *,
     wrt: Literal["params", "input"] = "params",
     params: ParameterSelection = None,
+    train_mode: bool = False,
+    seed: int = 0,
 ) -> JacobianOperator:
     """The Jacobian of a model's outputs as a linear operator.
 
@@ -187,6 +196,7 @@ def jacobian(
         x: inputs with the samples on axis 0; floating point for ``wrt="input"``.
         wrt: derivative in what.
         params: names or globs for ``wrt="params"``; default all with ``requires_grad``; tied ones count once.
+        train_mode, seed: as in :func:`flatkern.operators.hessian`, for ``wrt="params"``.
 
     Returns:
         An operator with ``@``, ``.T`` (the adjoint product Jᵀ u), ``.per_sample()`` for the dense [n, N, P] or
@@ -207,4 +217,4 @@ def jacobian(
         >>> J.shape, (J.T @ torch.ones(8)).shape, jacobian(model, torch.ones(4, 3), wrt="input").shape
         ((8, 8), torch.Size([8]), (8, 12))
     """
-    return JacobianOperator(model, x, wrt=wrt, params=params)
+    return JacobianOperator(model, x, wrt=wrt, params=params, train_mode=train_mode, seed=seed)

@@ -86,8 +86,8 @@ def check_layers(model: nn.Module, chosen: Iterable[Tensor]) -> None:
                 f"model: embedding {name!r} has sparse=True, whose gradients torch differentiates only once; make it "
                 "dense, or leave it out with params="
             )
-        if isinstance(module, nn.EmbeddingBag):
+        if isinstance(module, nn.EmbeddingBag) and (module.mode == "max" or module.scale_grad_by_freq):
             raise ValueError(
-                f"model: torch cannot differentiate the gradient of the nn.EmbeddingBag {name!r}; use nn.Embedding and "
-                "a sum or mean over positions, or leave it out with params="
+                f"model: torch cannot differentiate the gradient of the nn.EmbeddingBag {name!r} (mode='max' or "
+                "scale_grad_by_freq); use mode='sum' or 'mean', or leave it out with params="
             )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["StaleOperatorError", "WeightsWatch"]
+__all__ = ["StaleOperatorError", "WeightsWatch", "modes_of"]
 
 ENTRIES = 4096
 """At most this many entries a tensor are compared."""
@@ -15,6 +15,11 @@ ENTRIES = 4096
 
 class StaleOperatorError(RuntimeError):
     """An operator was used after the weights it was linearized at had changed."""
+
+
+def modes_of(model: nn.Module) -> list[bool]:
+    """Each module's train (True) or eval (False) mode."""
+    return [module.training for module in model.modules()]
 
 
 def _strided(tensor: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch.func import functional_call, grad, jacrev, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatkern.operators import ggn, hessian, jacobian
+from flatkern.operators.substitutes import Substitutes
 
 PAGE = Path(__file__).parents[2] / "docs" / "autograd-gaps.md"
 CE = nn.CrossEntropyLoss()
@@ -72,6 +73,19 @@ def encoder():
     return nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True)
 
 
+class Ids(nn.Module):
+    """A bag of three ids a sample, made of the sign pattern of a real input."""
+
+    def __init__(self):
+        super().__init__()
+        self.bag = nn.EmbeddingBag(3, 4)
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        ids = (x.detach().argmax(-1) % 3).long()
+        return torch.tanh(self.bag(ids)) * self.scale + x.mean(1)
+
+
 # name → (factory, whether plain torch can: double backward, the same batched over vectors, forward over reverse,
 # forward JVP, vmap(jacrev) on inputs)
 TABLE = {
@@ -85,6 +99,12 @@ TABLE = {
     "MaxPool2d": (pooled, "yes yes yes yes yes"),
     "BatchNorm, eval": (lambda: norm(nn.BatchNorm1d(6)).eval(), "yes yes yes yes yes"),
     "BatchNorm, train": (lambda: norm(nn.BatchNorm1d(6)), "yes yes no no no"),
+    "weight_norm": (
+        lambda: norm(nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))),
+        "wrong yes no no yes",
+    ),
+    "Hardsigmoid": (lambda: norm(nn.Hardsigmoid()), "no no no yes yes"),
+    "EmbeddingBag": (Ids, "no no no no yes"),
     "GRU": (lambda: Recurrent(nn.GRU), "yes yes yes yes no"),
     "LSTM": (lambda: Recurrent(nn.LSTM), "yes yes no no yes"),
 }
@@ -101,10 +121,10 @@ def works(run):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            run()
+            verdict = run()
     except (RuntimeError, NotImplementedError):
         return "no"
-    return "yes"
+    return verdict if isinstance(verdict, str) else "yes"
 
 
 def measured(name):
@@ -118,8 +138,25 @@ def measured(name):
         parameters = list(model.parameters())
         gradients = torch.autograd.grad(CE(model(x), y), parameters, create_graph=True, allow_unused=True)
         used = [g for g in gradients if g is not None and g.requires_grad]
-        vectors = [torch.ones(2, *g.shape) if batched else torch.ones_like(g) for g in used]
-        torch.autograd.grad(used, parameters, vectors, allow_unused=True, is_grads_batched=batched)
+        pair = [[torch.randn_like(g) for g in used] for _ in range(2)]
+        options = {"retain_graph": True, "allow_unused": True, "is_grads_batched": batched}
+        if batched:
+            both = torch.autograd.grad(
+                used, parameters, [torch.stack(t) for t in zip(*pair, strict=True)], **options
+            )
+            images = [[None if t is None else t[k] for t in both] for k in (0, 1)]
+        else:
+            images = [torch.autograd.grad(used, parameters, v, **options) for v in pair]
+        where = [i for i, g in enumerate(gradients) if g is not None and g.requires_grad]
+        uv, vu = (
+            sum(
+                (t * images[k][i]).sum()
+                for i, t in zip(where, pair[1 - k], strict=True)
+                if images[k][i] is not None
+            )
+            for k in (0, 1)
+        )
+        return "yes" if abs(uv - vu) <= 1e-3 * abs(uv) + 1e-6 else "wrong"  # a Hessian is symmetric
 
     return " ".join(
         works(run)
@@ -151,7 +188,7 @@ def test_the_page_shows_the_table():
 
 
 def exact_hessian(model, x, y):
-    """In float64 by autograd on the decomposed forms."""
+    """In float64 by autograd on the decomposed and substituted forms (which have tests of their own)."""
     parameters = dict(model.named_parameters())
     theta = torch.cat([p.detach().reshape(-1) for p in parameters.values()])
 
@@ -160,7 +197,7 @@ def exact_hessian(model, x, y):
         values = {k: v.view(p.shape) for (k, p), v in zip(parameters.items(), pieces, strict=True)}
         return CE(functional_call(model, values, (x,)), y)
 
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH), Substitutes():
         return torch.autograd.functional.hessian(value, theta)
 
 
@@ -193,7 +230,15 @@ def test_batch_norm_in_train_mode_says_what_to_do(build):
         build(model, CE, (x, y))
 
 
-@pytest.mark.parametrize("layer", [nn.Embedding(5, 4, sparse=True), nn.EmbeddingBag(5, 4)])
+@pytest.mark.parametrize("options", [{}, {"max_memory": 0}, {"mode": "forward"}, {"block_size": 3}])
+def test_batch_norm_in_train_mode_works_where_asked_for(options):
+    model, x, y = problem("BatchNorm, train")
+    model, x = model.double(), x.double()
+    expected = exact_hessian(problem("BatchNorm, train")[0].double(), x, y)
+    assert_close(hessian(model, CE, (x, y), train_mode=True, **options).to_dense(), expected)
+
+
+@pytest.mark.parametrize("layer", [nn.Embedding(5, 4, sparse=True), nn.EmbeddingBag(5, 4, mode="max")])
 @pytest.mark.parametrize("kind", ["hessian", "ggn", "jacobian"])
 def test_embeddings_without_second_derivatives_say_what_to_do(kind, layer):
     model = nn.Sequential(layer, nn.Flatten(), nn.LazyLinear(3))
@@ -209,11 +254,65 @@ def test_embeddings_without_second_derivatives_say_what_to_do(kind, layer):
     assert torch.isfinite(build(params="2.*").to_dense()).all()
 
 
-def test_a_padding_row_is_constant():
+BAGS = {
+    "rows": ((torch.tensor([[0, 1, 2], [3, 4, 0]]),), {}),
+    "padding": ((torch.tensor([[0, 1, 2], [2, 2, 2]]),), {"padding_idx": 2}),
+    "negative padding": ((torch.tensor([[0, 1, 4], [3, 4, 0]]),), {"padding_idx": -1}),
+    "offsets": ((torch.tensor([0, 1, 2, 3, 4, 0, 1]),), {"offsets": torch.tensor([0, 2, 2, 6])}),
+    "last offset": (
+        (torch.tensor([0, 1, 2, 3]),),
+        {"offsets": torch.tensor([0, 1, 4]), "include_last_offset": True},
+    ),
+    "weights": (
+        (torch.tensor([[0, 1, 2], [3, 4, 0]]),),
+        {"per_sample_weights": torch.rand(2, 3, dtype=torch.float64), "mode": "sum"},
+    ),
+    "largest": ((torch.tensor([[0, 1, 2], [3, 4, 0]]),), {"mode": "max"}),
+}
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("name", BAGS)
+def test_the_substitute_of_embedding_bag_gives_its_values(name, mode):
+    arguments, options = BAGS[name]
+    options = {"mode": mode} | options
+    weight = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    expected = F.embedding_bag(arguments[0], weight, **options)
+    with Substitutes():
+        actual = F.embedding_bag(arguments[0], weight, **options)
+    assert_close(actual, expected)
+    assert_close(*(torch.autograd.grad(t.sin().sum(), weight)[0] for t in (actual, expected)))
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, -1])
+def test_the_substitute_of_weight_norm_gives_its_values(dim):
+    torch.manual_seed(0)
+    v = torch.randn(3, 4, 2, dtype=torch.float64)
+    g = torch.rand(torch.norm_except_dim(v, 2, dim).shape, dtype=torch.float64)
+    expected = torch._weight_norm(v, g, dim)
+    with Substitutes():
+        assert_close(torch._weight_norm(v, g, dim), expected)
+        assert torch.autograd.gradgradcheck(
+            lambda v, g: torch._weight_norm(v, g, dim), (v.requires_grad_(), g.requires_grad_())
+        )
+
+
+def test_the_substitute_of_hardsigmoid_gives_its_values():
+    x = torch.linspace(-5, 5, 21, dtype=torch.float64)
+    with Substitutes():
+        assert_close(F.hardsigmoid(x), torch._C._nn.hardsigmoid(x))
+        y = x.clone()
+        assert nn.Hardsigmoid(inplace=True)(y) is y
+    assert_close(y, torch._C._nn.hardsigmoid(x))
+
+
+@pytest.mark.parametrize("options", [{}, {"max_memory": 0}, {"mode": "forward"}, {"block_size": 3}])
+def test_a_padding_row_is_constant(options):
     model = nn.Sequential(nn.Embedding(5, 4, padding_idx=0), nn.Flatten(), nn.Linear(12, 3)).double()
     x, y = torch.tensor([[0, 1, 2], [3, 4, 0]]), torch.tensor([0, 2])
-    op = hessian(model, CE, (x, y))
+    op = hessian(model, CE, (x, y), **options)
     assert not op.to_dense()[:4].any()
+    assert not op.to_dense()[:, :4].any()
     gradient = torch.autograd.grad(CE(model(x), y), list(model.parameters()))
     eps, v = 1e-5, torch.randn(op.shape[0], dtype=torch.float64)
     v[:4] = 0

@@ -3,7 +3,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from explicit import ZOO, assert_close, explicit_ggn, explicit_hessian, flat, make, vectors
+from explicit import (
+    ZOO,
+    assert_close,
+    explicit_ggn,
+    explicit_hessian,
+    flat,
+    make,
+    twice_differentiable_in_torch,
+    vectors,
+)
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -55,10 +64,61 @@ def test_every_network(name, kind):
     y = class_targets(len(x))
     loss = nn.CrossEntropyLoss(weight=W.double())
     op = build(model, loss, ragged(x, y))
-    expected = explicit(model, loss, x, y)
+    expected = explicit(twice_differentiable_in_torch(name, model), loss, x, y)
     assert op.shape == expected.shape
     assert op.dtype == torch.float64
     assert_close(op.to_dense(), expected)
+
+
+def loaders(x, y):
+    """The same samples in five ways to hand them in."""
+    dataset = TensorDataset(x, y)
+    return {
+        "pair": (x, y),
+        "ragged list": ragged(x, y),
+        "loader": DataLoader(dataset, batch_size=4),
+        "one by one": DataLoader(dataset, batch_size=1),
+        "uneven": [(x[:7], y[:7]), (x[7:], y[7:])],
+    }
+
+
+SUBSETS = {"all": None, "first": 0, "last": -1, "biases": "*bias*", "weights": ["*weight*"]}
+CASES = [
+    (name, loss, subset, loader)
+    for i, name in enumerate(ZOO)
+    for j, loss in enumerate(LOSSES)
+    for k, subset in enumerate(SUBSETS)
+    for m, loader in enumerate(("pair", "ragged list", "loader", "one by one", "uneven"))
+    if (i + j + k + m) % 5 == 0 and (k + 2 * j + i) % 5 == 0  # a Latin square: every pair of choices meets
+]
+
+
+def select(model, subset):
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    if isinstance(subset, int):
+        return names[subset]
+    if subset is None:
+        return None
+    wanted = ("bias",) if subset == "*bias*" else ("weight",)
+    return [n for n in names if any(w in n for w in wanted)] or names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", BUILD)
+@pytest.mark.parametrize(("name", "loss", "subset", "loader"), CASES, ids=lambda v: str(v))
+def test_networks_losses_subsets_and_loaders(name, loss, subset, loader, kind):
+    build, explicit = BUILD[kind]
+    model, x = make(name)
+    loss_fn, targets = LOSSES[loss]
+    y = targets(len(x))
+    op = build(model, loss_fn, loaders(x, y)[loader], params=select(model, SUBSETS[subset]))
+    names = [n for n, _ in model.named_parameters()]
+    reference = twice_differentiable_in_torch(name, model)
+    there = [
+        dict(zip(names, [n for n, _ in reference.named_parameters()], strict=True))[n]
+        for n in op.layout.names
+    ]
+    assert_close(op.to_dense(), explicit(reference, loss_fn, x, y, there))
 
 
 @pytest.mark.parametrize("kind", BUILD)

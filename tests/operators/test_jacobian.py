@@ -4,7 +4,6 @@ import pytest
 import torch
 from explicit import ZOO, assert_close, flat, function_of, make, names_of
 from torch import nn
-from torch.func import jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatkern.operators import StaleOperatorError, jacobian
@@ -15,7 +14,7 @@ def parameter_jacobian(model, x, names=None):
     theta = flat([dict(model.named_parameters())[n] for n in names])
     call = function_of(model, names, x)
     with sdpa_kernel(SDPBackend.MATH):
-        return jacrev(lambda t: call(t).reshape(-1))(theta)
+        return torch.autograd.functional.jacobian(lambda t: call(t).reshape(-1), theta)
 
 
 @pytest.mark.parametrize("name", ZOO)
