@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal, Self
 
 import torch
@@ -12,7 +13,9 @@ from flatkern.operators.forms import Autocast, twice_differentiable
 from flatkern.operators.identity import digest
 from flatkern.operators.linearization import check_layers, vector_kind
 from flatkern.operators.output_map import OutputMap
+from flatkern.operators.sample_jacobians import sample_jacobians
 from flatkern.operators.staleness import StaleOperatorError, WeightsWatch
+from flatkern.operators.substitutes import Substitutes
 from flatkern.operators.train_mode import TrainMode
 from flatkern.problem import (
     DEFAULT_MAX_MEMORY,
@@ -131,8 +134,9 @@ class JacobianOperator(LinearOperator):
     def per_sample(self, *, max_memory: int | None = None) -> Tensor:
         """The Jacobian of each sample as one dense tensor: [n, N, P], or [n, N, M] for ``wrt="input"``.
 
-        Outputs and inputs are flattened per sample. Cost: N backward passes for the input (samples do not
-        interact, so one pass serves all of them), n N for parameters.
+        Outputs and inputs are flattened per sample. Cost: N backward passes over the batch; for parameters vectorized
+        over samples where ``torch.func.vmap`` takes the model, else sample by sample. Temporaries beside the result
+        are as large as a few samples' Jacobians. Under ``train_mode``, where samples interact, n·N passes.
 
         Raises:
             ValueError: the result exceeds ``max_memory`` bytes (default 1 GiB).
@@ -143,27 +147,26 @@ class JacobianOperator(LinearOperator):
         limit = DEFAULT_MAX_MEMORY if max_memory is None else max_memory
         if size > limit:
             raise ValueError(f"max_memory: the result takes {size:,} bytes and the limit is {limit:,}")
+        self._check_fresh()
         with torch.no_grad():
-            if self.wrt == "params":
-                return torch.cat(
-                    [self._adjoint_rows(units) for units in self._units(range(n * entries))]
-                ).view(n, entries, columns)
-            same = torch.empty(entries, n, columns, dtype=self.dtype, device=self.device)
-            for c in range(entries):
+            result = torch.zeros(n, entries, columns, dtype=self.dtype, device=self.device)
+            if self.wrt == "input":
                 units = torch.zeros(1, n, entries, dtype=self.dtype, device=self.device)
-                units[0, :, c] = 1.0
-                same[c] = self._adjoint_rows(units.view(1, -1)).view(n, columns)
-            return same.transpose(0, 1).contiguous()
-
-    def _units(self, rows: range, chunk: int = 64) -> list[Tensor]:
-        size = self.shape[0]
-        chunks = [rows[i : i + chunk] for i in range(0, len(rows), chunk)]
-        return [
-            torch.zeros(len(part), size, dtype=self.dtype, device=self.device).scatter_(
-                1, torch.tensor(list(part), device=self.device).unsqueeze(1), 1.0
-            )
-            for part in chunks
-        ]
+                for c in range(entries):
+                    units[0, :, c] = 1.0
+                    result[:, c] = self._adjoint_rows(units.view(1, -1)).view(n, columns)
+                    units[0, :, c] = 0.0
+            elif self._train.allowed:
+                for i, c in itertools.product(range(n), range(entries)):
+                    unit = torch.zeros(1, n, entries, dtype=self.dtype, device=self.device)
+                    unit[0, i, c] = 1.0
+                    result[i, c] = self._adjoint_rows(unit.view(1, -1))[0]
+            else:
+                with self._train.preserved(self._model), self._autocast.region(), Substitutes():
+                    assert self.layout is not None
+                    parameters = dict(zip(self.layout.names, self._leaves, strict=True))
+                    sample_jacobians(self._model, parameters, self._x, result)
+        return result
 
     def _identity(self) -> str | None:
         parameters, buffers = list(self._model.named_parameters()), list(self._model.named_buffers())
