@@ -13,11 +13,11 @@ SOURCES     := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o
 # a failed build of the compiled side is an error here, never a silent fall-back
 export FLATKERN_BUILD := required
 
-.PHONY: setup demo test test-all lint format bench cuda-check clean help
+.PHONY: setup demo test test-all lint format bench peers cuda-check clean help
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^#   //p' Makefile; echo "also: setup test-all lint format bench cuda-check clean"
+	@sed -n 's/^#   //p' Makefile; echo "also: setup test-all lint format bench peers cuda-check clean"
 
 $(VENV)/.deps: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "flatkern needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'
@@ -32,7 +32,16 @@ $(VENV)/.build: $(VENV)/.deps setup.py CMakeLists.txt $(SOURCES)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@
 
+# --no-deps: they name torchvision, whose wheels on PyPI do not import beside a CPU torch, and none imports it
+$(VENV)/.peers: $(VENV)/.build pyproject.toml
+	@echo "installing the packages that flatkern is compared with into $(VENV) ..."
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps \
+	    $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["peers"])')
+	@touch $@
+
 setup: $(VENV)/.build
+
+peers: $(VENV)/.peers
 
 demo: setup
 	$(BIN)/flatkern demo

@@ -71,7 +71,56 @@ def kernels(result: dict[str, Any]) -> str:
     )
 
 
-SECTIONS = {"measurement": measurement, "kernels": kernels}
+CASES = {
+    "one vector": "One vector, one batch of n",
+    "loader": "One vector, a loader of eight batches of n",
+    "eight vectors": "Eight vectors at once, [P, 8], one batch of n (times and gradients a vector)",
+}
+
+
+def operators(result: dict[str, Any]) -> str:
+    """Hessian-vector products beside raw torch and other packages."""
+    header = ["model", "n", "way", "ms", "gradients", "way / flatkern", "way / floor", "difference"]
+    header += ["2 threads: ms (wall)", "way / flatkern (wall)"]
+    parts = [
+        "## Hessian-vector products\n\n"
+        "One product with the Hessian of the mean cross-entropy, beside raw torch and other packages. The unit is one\n"
+        "*gradient* of the same loss on the same data. *flatkern* is `fk.hessian(...) @ v` with all batches held,\n"
+        "*nothing kept* the same with `max_memory=0`; the raw ways flatten their result into [P], as an algorithm on\n"
+        "vectors needs it, PyHessian gives lists of tensors and is not charged for flattening. *floor* is the time of\n"
+        "the matrix products and convolutions alone that a product cannot do without, on the same shapes\n"
+        "(`benchmarks/matmul_floor.py`: six a layer, two for the first, twelve an attention). *difference* is the\n"
+        "largest entry's, relative, against raw torch: where it is not rounding, the way is wrong (curvlinops with\n"
+        "layer norm). The set-up (graphs, the choice of a mode) is not timed. PyHessian and hessian-eigenthings have\n"
+        "no form for several vectors.\n\n`make peers && python -m benchmarks.bench_peers`\n"
+    ]
+    by_key = {(r["case"], r["model"], r["n"], r["way"], r["threads"]): r for r in result["rows"]}
+    for case, title in CASES.items():
+        rows = []
+        for r in result["rows"]:
+            if r["case"] != case or r["threads"] != 1:
+                continue
+            two = by_key[(case, r["model"], r["n"], r["way"], 2)]
+            error = r["relative_error"]
+            rows.append(
+                [
+                    r["model"],
+                    str(r["n"]),
+                    r["way"],
+                    f"{r['cpu_ms']:.3g}",
+                    f"{r['gradients']:.2f}",
+                    f"**{r['over_flatkern']:.2f}**",
+                    f"{r['over_floor']:.2f}",
+                    "" if error is None else f"{error:.0e}",
+                    f"{two['cpu_ms']:.3g} ({two['wall_ms']:.3g})",
+                    f"**{two['over_flatkern']:.2f}** ({two['wall_over_flatkern']:.2f})",
+                ]
+            )
+        parts.append(f"### {title}\n\n{_table(header, rows)}")
+    return "\n".join([*parts, _settings(result)])
+
+
+SECTIONS = {"operators": operators, "measurement": measurement, "kernels": kernels}
 
 
 def page() -> str:

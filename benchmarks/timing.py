@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -25,6 +26,9 @@ def alternate(
 ) -> dict[str, dict[str, float]]:
     """Median CPU and wall seconds of each function, taken in turns so that a noisy moment hits all alike.
 
+    Each turn has an order of its own (drawn with a fixed seed): no function always finds the caches as one certain
+    other left them.
+
     Args:
         functions: by name; each is called once beforehand to warm up.
         rounds: how many timed calls each gets; the calls are spread over the whole run.
@@ -34,8 +38,11 @@ def alternate(
     for function in functions.values():
         function()
     most = max(rounds.values())
+    order = list(functions.items())
+    draw = random.Random(0)
     for step in range(most):
-        for name, function in functions.items():
+        draw.shuffle(order)
+        for name, function in order:
             if step * rounds[name] // most == (step + 1) * rounds[name] // most:
                 continue
             begun_cpu, begun = time.process_time(), time.perf_counter()

@@ -272,7 +272,8 @@ class CurvatureOperator(LinearOperator):
         return self._block_rows(rows, self.layout.names)
 
     def _block_rows(self, rows: Tensor, names: Sequence[str]) -> Tensor:
-        wanted = [self.layout.names.index(name) for name in names]
+        position = {name: i for i, name in enumerate(self.layout.names)}
+        wanted = [position[name] for name in names]
         if self._watch is None:
             raise StaleOperatorError("the last H.refresh() of this operator failed; call it again")
         self._watch.check()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -55,6 +55,8 @@ class Autocast:
         # without its cache, which would tie a graph to casts made elsewhere
         return torch.autocast(self._kind, dtype=self.dtype, enabled=self.enabled, cache_enabled=False)
 
-    def outside(self) -> torch.autocast:
+    def outside(self) -> torch.autocast | nullcontext[None]:
         """For derivatives."""
+        if not torch.is_autocast_enabled(self._kind):  # entering a region costs as much as a small operation
+            return nullcontext()
         return torch.autocast(self._kind, dtype=self.dtype, enabled=False)
