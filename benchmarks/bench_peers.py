@@ -1,9 +1,9 @@
 """Hessian-vector products of flatkern beside raw torch and other packages, and the matrix-multiplication floor.
 
 ``python -m benchmarks.bench_peers`` times everything with one thread and then with two (each in a process of its
-own), checks that all ways give the same product, and writes benchmarks/results/operators.json. It needs the packages
-of ``make peers``. ``--threads 1`` does one of the two only and prints; ``--only ViT`` takes the models whose title
-contains that.
+own), checks the ways against each other, and writes benchmarks/results/operators.json. It needs the packages of
+``make peers``. ``--threads 1`` leaves the second out; ``--only ViT`` prints the models whose title contains that and
+saves nothing.
 """
 
 from __future__ import annotations
@@ -90,6 +90,9 @@ def measure(problem: Problem, case: str) -> list[dict[str, Any]]:
         raise SystemExit(f"{problem.title}, {case}: the ways differ: {errors}")
     times = alternate(runs, rounds(runs))
     vectors = 8 if case == "eight vectors" else 1
+    for name, t in times.items():
+        share = 1 if name == "gradient" else vectors
+        t["cpu_s"], t["wall_s"] = t["cpu_s"] / share, t["wall_s"] / share
     ours, unit, least = times["flatkern"], times["gradient"], times["floor"]
     rows = []
     for name, t in times.items():
@@ -99,9 +102,9 @@ def measure(problem: Problem, case: str) -> list[dict[str, Any]]:
             "n": problem.loader_n if case == "loader" else problem.n,
             "way": name,
             "threads": torch.get_num_threads(),
-            "cpu_ms": 1e3 * t["cpu_s"] / (1 if name == "gradient" else vectors),
-            "wall_ms": 1e3 * t["wall_s"] / (1 if name == "gradient" else vectors),
-            "gradients": t["cpu_s"] / unit["cpu_s"] / (1 if name == "gradient" else vectors),
+            "cpu_ms": 1e3 * t["cpu_s"],
+            "wall_ms": 1e3 * t["wall_s"],
+            "gradients": t["cpu_s"] / unit["cpu_s"],
             "over_flatkern": t["cpu_s"] / ours["cpu_s"],
             "wall_over_flatkern": t["wall_s"] / ours["wall_s"],
             "over_floor": t["cpu_s"] / least["cpu_s"],
@@ -121,27 +124,11 @@ def run_here(threads: int, only: str) -> list[dict[str, Any]]:
     return [row for case in CASES for problem in chosen for row in measure(problem, case)]
 
 
-def main() -> None:
-    """Time all, and write the table's numbers."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=0, help="time with so many only, and save nothing")
-    parser.add_argument("--only", default="", help="models whose title contains this")
-    parser.add_argument("--rows", type=Path, help="write the rows here (with --threads)")
-    options = parser.parse_args()
-    if options.threads:
-        rows = run_here(options.threads, options.only)
-        if options.rows:
-            options.rows.write_text(json.dumps(rows), encoding="utf-8")
-        return
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for threads in (1, 2):
-            path = Path(folder) / f"{threads}.json"
-            command = [sys.executable, "-m", "benchmarks.bench_peers", "--threads", str(threads)]
-            subprocess.run([*command, "--only", options.only, "--rows", str(path)], check=True)
-            rows += json.loads(path.read_text(encoding="utf-8"))
-    settings = {
-        "threads": "1 and 2, each in a process of its own",
+def settings(threads: list[int]) -> dict[str, Any]:
+    """What the page says about the run."""
+    return {
+        "threads": " and ".join(map(str, threads))
+        + (", each in a process of its own" if threads[1:] else ""),
         "peers": ", ".join(f"{name} {version(name)}" for name in PEERS),
         "dtype": "float32",
         "data": "normal inputs, uniform labels, cross-entropy",
@@ -149,10 +136,27 @@ def main() -> None:
         "attention": "raw torch, the gradient and the peers under sdpa_kernel(MATH)",
         "timing": f"calls in random order, medians of {LEAST} to {MOST} calls each, CPU milliseconds",
     }
-    if options.only:
-        print("not saved: --only", options.only)
+
+
+def main() -> None:
+    """Time all, and write the table's numbers."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads")
+    parser.add_argument("--only", default="", help="models whose title contains this; nothing is saved")
+    parser.add_argument("--rows", type=Path, help="time in this process and write the rows here alone")
+    options = parser.parse_args()
+    if options.rows:
+        options.rows.write_text(json.dumps(run_here(options.threads[0], options.only)), encoding="utf-8")
         return
-    print("written:", save("operators", settings, rows))
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for threads in options.threads:
+            path = Path(folder) / f"{threads}.json"
+            command = [sys.executable, "-m", "benchmarks.bench_peers", "--threads", str(threads)]
+            subprocess.run([*command, "--only", options.only, "--rows", str(path)], check=True)
+            rows += json.loads(path.read_text(encoding="utf-8"))
+    if not options.only:
+        print("written:", save("operators", settings(options.threads), rows))
 
 
 if __name__ == "__main__":

@@ -81,7 +81,8 @@ CASES = {
 def operators(result: dict[str, Any]) -> str:
     """Hessian-vector products beside raw torch and other packages."""
     header = ["model", "n", "way", "ms", "gradients", "way / flatkern", "way / floor", "difference"]
-    header += ["2 threads: ms (wall)", "way / flatkern (wall)"]
+    with_two = any(r["threads"] == 2 for r in result["rows"])
+    header += ["2 threads: ms (wall)", "way / flatkern (wall)"] if with_two else []
     parts = [
         "## Hessian-vector products\n\n"
         "One product with the Hessian of the mean cross-entropy, beside raw torch and other packages. The unit is one\n"
@@ -89,7 +90,7 @@ def operators(result: dict[str, Any]) -> str:
         "*nothing kept* the same with `max_memory=0`; the raw ways flatten their result into [P], as an algorithm on\n"
         "vectors needs it, PyHessian gives lists of tensors and is not charged for flattening. *floor* is the time of\n"
         "the matrix products and convolutions alone that a product cannot do without, on the same shapes\n"
-        "(`benchmarks/matmul_floor.py`: six a layer, two for the first, twelve an attention). *difference* is the\n"
+        "(`benchmarks/matmul_floor.py`: six a layer, two for the first, twelve an attention; a GGN product needs fewer). *difference* is the\n"
         "largest entry's, relative, against raw torch: where it is not rounding, the way is wrong (curvlinops with\n"
         "layer norm). The set-up (graphs, the choice of a mode) is not timed. PyHessian and hessian-eigenthings have\n"
         "no form for several vectors.\n\n`make peers && python -m benchmarks.bench_peers`\n"
@@ -100,7 +101,6 @@ def operators(result: dict[str, Any]) -> str:
         for r in result["rows"]:
             if r["case"] != case or r["threads"] != 1:
                 continue
-            two = by_key[(case, r["model"], r["n"], r["way"], 2)]
             error = r["relative_error"]
             rows.append(
                 [
@@ -112,10 +112,14 @@ def operators(result: dict[str, Any]) -> str:
                     f"**{r['over_flatkern']:.2f}**",
                     f"{r['over_floor']:.2f}",
                     "" if error is None else f"{error:.0e}",
+                ]
+            )
+            if with_two:
+                two = by_key[(case, r["model"], r["n"], r["way"], 2)]
+                rows[-1] += [
                     f"{two['cpu_ms']:.3g} ({two['wall_ms']:.3g})",
                     f"**{two['over_flatkern']:.2f}** ({two['wall_over_flatkern']:.2f})",
                 ]
-            )
         parts.append(f"### {title}\n\n{_table(header, rows)}")
     return "\n".join([*parts, _settings(result)])
 

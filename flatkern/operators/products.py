@@ -40,7 +40,7 @@ class Parts:
         tangents: list[Tensor | None] = [None] * len(self.parameters)
         lead = vectors.shape[:-1]
         for i, p, piece in zip(self.wanted, self._chosen, vectors.split(self._sizes, dim=-1), strict=True):
-            tangent = piece.view(*lead, *p.shape)
+            tangent = piece.view(lead + p.shape)
             tangents[i] = tangent if p.dtype == self.dtype else tangent.to(p.dtype)
         return tangents
 
