@@ -40,6 +40,7 @@ from flatkern.operators.products import (
     Parts,
     accumulate,
     forward_is_faster,
+    images,
     resolve_mode,
 )
 from flatkern.operators.staleness import StaleOperatorError, WeightsWatch, modes_of
@@ -286,7 +287,7 @@ class CurvatureOperator(LinearOperator):
             total = make(rows.shape, dtype=self.dtype, device=self.device)
             for i, batch in enumerate(kept):
                 assert batch.kept is not None
-                size = self._block.size(batch.kept, rows, parts)
+                size = self._block.size(partial(images, batch.kept, parts=parts), rows)
                 accumulate(total, batch.kept, rows, parts, batch.scale, block_size=size, fresh=i == 0)
             if len(kept) < len(self._batches):
                 self._accumulate_rebuilt(total, rows, parts)
@@ -321,7 +322,11 @@ class CurvatureOperator(LinearOperator):
                 linear = self._without_graph(batch, index) if self._mode == "forward" else None
                 if linear is None:
                     linear = self._rebuilt(batch, index)
-                size = self._block.size(linear, rows, parts) if self._mode != "forward" else 1
+                size = (
+                    self._block.size(partial(images, linear, parts=parts), rows)
+                    if self._mode != "forward"
+                    else 1
+                )
                 accumulate(total, linear, rows, parts, known.scale, block_size=size)
             if count != len(self._batches):
                 raise RuntimeError(CHANGED_DATA.format("the number of batches differs"))

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from flatkern.operators.base import LinearOperator
 from flatkern.operators.forms import Autocast, twice_differentiable
+from flatkern.operators.graph_memory import graph_bytes
 from flatkern.operators.identity import digest
 from flatkern.operators.linearization import check_layers, vector_kind
 from flatkern.operators.output_map import OutputMap
+from flatkern.operators.products import LARGEST_BLOCK, Apply, BlockSize, quiet_batching
 from flatkern.operators.sample_jacobians import sample_jacobians
 from flatkern.operators.staleness import StaleOperatorError, WeightsWatch
 from flatkern.operators.substitutes import Substitutes
@@ -96,40 +98,50 @@ class JacobianOperator(LinearOperator):
         dtype, device, layout = self._domain
         columns = sum(leaf.numel() for leaf in self._leaves)
         super().__init__((output.numel(), columns), dtype, device, layout=layout)
+        self._pushes, self._pulls = BlockSize(None), BlockSize(None)
+        size = graph_bytes(self._map.roots, self._model.parameters())
+        self._pushes.limit = self._pulls.limit = DEFAULT_MAX_MEMORY // max(size, 1)
         self._watch = WeightsWatch(self._model)
         return self
 
     def _rows(self, rows: Tensor) -> Tensor:
-        self._check_fresh()
-        images = torch.zeros(len(rows), self.shape[0], dtype=self.dtype, device=self.device)
-        for image, row in zip(images, rows.contiguous(), strict=True):
-            pieces = row.split([leaf.numel() for leaf in self._leaves])
-            tangents = [
-                p.view(leaf.shape).to(leaf.dtype) for p, leaf in zip(pieces, self._leaves, strict=True)
-            ]
-            with self._autocast.outside():
-                change = self._map.push(tangents)
-            if change is not None:
-                image.copy_(change.reshape(-1))
-        return images
+        return self._images(self._pushed, rows.contiguous(), self.shape[0], self._pushes)
 
     def _adjoint_rows(self, rows: Tensor) -> Tensor:
-        self._check_fresh()
-        images = torch.zeros(len(rows), self.shape[1], dtype=self.dtype, device=self.device)
-        output = self._map.output
-        for image, row in zip(images, rows.contiguous(), strict=True):
-            with self._autocast.outside():
-                pulled = self._map.pull(row.view(output.shape).to(output.dtype))
-            self._write(image, pulled)
-        return images
+        return self._images(self._pulled, rows.contiguous(), self.shape[1], self._pulls)
 
-    def _write(self, image: Tensor, pulled: object) -> None:
-        start = 0
-        assert isinstance(pulled, (tuple, list))
-        for leaf, part in zip(self._leaves, pulled, strict=True):
-            if part is not None:
-                image[start : start + leaf.numel()].copy_(part.reshape(-1))
-            start += leaf.numel()
+    def _images(self, apply: Apply, rows: Tensor, width: int, block: BlockSize) -> Tensor:
+        self._check_fresh()
+        out = torch.empty(len(rows), width, dtype=self.dtype, device=self.device)
+        with self._autocast.outside():
+            step = block.size(apply, rows)
+            for start in range(0, len(rows), step):
+                part = rows[start : start + step] if step > 1 else rows[start]
+                torch.cat(
+                    list(apply(part)), dim=-1, out=out[start : start + step] if step > 1 else out[start]
+                )
+        return out
+
+    def _pushed(self, vectors: Tensor) -> list[Tensor]:
+        """J v of [P] or [k, P]."""
+        lead = vectors.shape[:-1]
+        pieces = vectors.split([leaf.numel() for leaf in self._leaves], dim=-1)
+        tangents = [p.view(lead + q.shape).to(q.dtype) for p, q in zip(pieces, self._leaves, strict=True)]
+        with quiet_batching():
+            change = self._map.push(tangents, batched=bool(lead))
+        if change is None:
+            return [vectors.new_zeros(*lead, self.shape[0])]
+        return [change.reshape(*lead, -1).to(self.dtype)]
+
+    def _pulled(self, vectors: Tensor) -> list[Tensor]:
+        """Jᵀ u of [n·N] or [k, n·N]."""
+        lead, output = vectors.shape[:-1], self._map.output
+        with quiet_batching():
+            found = self._map.pull(vectors.view(lead + output.shape).to(output.dtype), batched=bool(lead))
+        return [
+            vectors.new_zeros(*lead, q.numel()) if t is None else t.reshape(*lead, -1).to(self.dtype)
+            for t, q in zip(found, self._leaves, strict=True)
+        ]
 
     def per_sample(self, *, max_memory: int | None = None) -> Tensor:
         """The Jacobian of each sample as one dense tensor: [n, N, P], or [n, N, M] for ``wrt="input"``.
@@ -151,11 +163,13 @@ class JacobianOperator(LinearOperator):
         with torch.no_grad():
             result = torch.zeros(n, entries, columns, dtype=self.dtype, device=self.device)
             if self.wrt == "input":
-                units = torch.zeros(1, n, entries, dtype=self.dtype, device=self.device)
-                for c in range(entries):
-                    units[0, :, c] = 1.0
-                    result[:, c] = self._adjoint_rows(units.view(1, -1)).view(n, columns)
-                    units[0, :, c] = 0.0
+                for start in range(0, entries, LARGEST_BLOCK):
+                    some = range(start, min(start + LARGEST_BLOCK, entries))
+                    units = torch.zeros(len(some), n, entries, dtype=self.dtype, device=self.device)
+                    for row, c in enumerate(some):
+                        units[row, :, c] = 1.0
+                    found = self._adjoint_rows(units.flatten(1)).view(len(some), n, columns)
+                    result[:, start : start + LARGEST_BLOCK] = found.transpose(0, 1)
             elif self._train.allowed:
                 for i, c in itertools.product(range(n), range(entries)):
                     unit = torch.zeros(1, n, entries, dtype=self.dtype, device=self.device)
@@ -206,7 +220,8 @@ def jacobian(
         [n, N, M], and ``layout`` in parameter space. float32 vectors for bfloat16 and float16.
 
     Cost: one forward and one backward pass with graph at the start, which is kept; J v one or two passes
-    through that graph, Jᵀ u one backward pass. Nothing is formed.
+    through that graph, Jᵀ u one backward pass; several vectors in one batched pass where that is faster, timed at the
+    first such product. Nothing is formed.
 
     Raises:
         TypeError, ValueError: input that cannot be used, naming the argument.

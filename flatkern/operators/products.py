@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ __all__ = [
     "accumulate",
     "forward_is_faster",
     "images",
+    "quiet_batching",
     "resolve_mode",
     "seconds",
 ]
@@ -25,6 +27,9 @@ __all__ = [
 Mode = str
 MODES = ("auto", "kept", "rebuilt", "forward")
 LARGEST_BLOCK = 8
+
+Apply = Callable[[Tensor], Sequence[Tensor]]
+"""The images of a vector [size], or of several [k, size] in one batched pass."""
 
 
 class Parts:
@@ -88,13 +93,18 @@ def accumulate(
 
 def images(linear: Linearization, vectors: Tensor, parts: Parts) -> list[Tensor]:
     """The images of a vector [size], or of several [k, size] in one batched pass."""
-    many = vectors.ndim == 2
-    if not many:
+    if vectors.ndim == 1:
         return parts.join(linear.apply(parts.split(vectors), parts.wanted), ())
-    with warnings.catch_warnings():
-        # an op without a batching rule is looped over: slower, which the timing sees
-        warnings.filterwarnings("ignore", message="There is a performance drop")
+    with quiet_batching():
         return parts.join(linear.apply(parts.split(vectors), parts.wanted, batched=True), (len(vectors),))
+
+
+@contextmanager
+def quiet_batching() -> Iterator[None]:
+    """No warning where an op without a batching rule is looped over: it is slower, which the timing sees."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        yield
 
 
 class BlockSize:
@@ -117,7 +127,7 @@ class BlockSize:
         """Take a size chosen earlier."""
         self._measure, self.chosen, self._tried = False, size, LARGEST_BLOCK
 
-    def size(self, linear: Linearization, rows: Tensor, parts: Parts) -> int:
+    def size(self, apply: Apply, rows: Tensor) -> int:
         """The size for these rows [k, P]; measured where more of them come than were tried before."""
         most = (
             min(len(rows), LARGEST_BLOCK, self.limit) if self._measure else min(len(rows), self.chosen or 1)
@@ -125,19 +135,19 @@ class BlockSize:
         if most > self._tried and (self._measure or self._tried == 1):
             self._tried = most
             if self._measure:
-                self.chosen = _faster_size(linear, rows[:most], parts)
-            elif not _can_batch(linear, rows[:2], parts):
+                self.chosen = _faster_size(apply, rows[:most])
+            elif not _can_batch(apply, rows[:2]):
                 self.chosen = 1
         return self.chosen or 1
 
 
-def _can_batch(linear: Linearization, rows: Tensor, parts: Parts) -> bool:
+def _can_batch(apply: Apply, rows: Tensor) -> bool:
     """Whether the batched pass works, and gives what single ones give: torch's rules have gaps of both kinds."""
     try:
-        first = [image[0] for image in images(linear, rows, parts)]
+        first = [image[0] for image in apply(rows)]
     except (RuntimeError, NotImplementedError):
         return False
-    return _agree(first, images(linear, rows[0], parts))
+    return _agree(first, apply(rows[0]))
 
 
 def _agree(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
@@ -148,19 +158,19 @@ def _agree(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
     return bool((a - b).norm() <= tolerance * b.norm())
 
 
-def _faster_size(linear: Linearization, rows: Tensor, parts: Parts) -> int:
-    if not _can_batch(linear, rows, parts):  # a first pass is slower: it is not timed
+def _faster_size(apply: Apply, rows: Tensor) -> int:
+    if not _can_batch(apply, rows):  # a first pass is slower: it is not timed
         return 1
 
     def alone() -> None:
         for row in rows[:2]:
-            images(linear, row, parts)
+            apply(row)
 
     alone()
     single = min(seconds(alone), seconds(alone)) / 2
-    batched = seconds(lambda: images(linear, rows, parts))
+    batched = seconds(lambda: apply(rows))
     if batched < 3 * len(rows) * single:
-        batched = min(batched, seconds(lambda: images(linear, rows, parts)))
+        batched = min(batched, seconds(lambda: apply(rows)))
     return len(rows) if batched < 0.95 * len(rows) * single else 1
 
 
