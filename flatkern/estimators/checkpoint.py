@@ -23,6 +23,7 @@ __all__ = ["Checkpoint", "require_seed"]
 
 _FORMAT = 1
 _ABOUT = "__about__"  # the entry that says, as JSON in bytes, whose state it is
+_write: Any = np.savez  # its stub takes the entries for options
 _PROBE = "__product__"  # A v of an operator that cannot say what it is
 
 
@@ -121,7 +122,7 @@ class Checkpoint:
         temporary = self._path.with_name(self._path.name + ".tmp")
         try:
             with open(temporary, "wb") as file:
-                np.savez(file, **arrays)
+                _write(file, **arrays)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, self._path)
