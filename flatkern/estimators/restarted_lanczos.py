@@ -1,4 +1,4 @@
-"""A Lanczos basis of bounded size with full re-orthogonalization and thick restarts."""
+"""A block Lanczos basis of bounded size with full re-orthogonalization and thick restarts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from flatkern.estimators.common import NotSymmetricError, gaussian
+from flatkern.estimators.gram_schmidt import orthonormalize
 from flatkern.operators.base import LinearOperator
 
 __all__ = ["LanczosBasis"]
@@ -14,121 +15,181 @@ _COLUMNS = 1 << 18  # columns rotated at a time, so that a restart needs no seco
 
 
 class LanczosBasis:
-    """Orthonormal rows V [m + 1, P] in one tensor, and the projection T = V A Vᵀ, measured entry by entry.
+    """Orthonormal rows V in one tensor, the projection T = V A Vᵀ measured entry by entry, and a next block W.
 
-    A V_jᵀ = V_jᵀ T_j + β v_{j+1} e_jᵀ after j steps. Re-orthogonalization is two passes (twice is enough) of
-    two matrix-vector products each. T is kept on the host in float64: one synchronization a step.
+    A Vᵀ = Vᵀ T + Wᵀ B: the first ``known`` rows are V, the ``pending`` rows after them W, still to be
+    multiplied with A. T, B and what the host needs to know lie on a small float64 board on the device; a step
+    only writes to it, and :meth:`look` reads it. A direction that runs out (an invariant subspace) becomes a
+    zero row, which decouples from everything and is cleared away at the next look.
 
     Source: Wu, Simon, "Thick-restart Lanczos method for large symmetric eigenvalue problems", SIAM J. Matrix
     Anal. Appl. 22 (2000).
     """
 
-    def __init__(self, op: LinearOperator, size: int, generator: torch.Generator) -> None:
+    def __init__(self, op: LinearOperator, size: int, block: int, generator: torch.Generator) -> None:
         self._op, self._generator = op, generator
         self._eps = torch.finfo(op.dtype).eps
-        self.size = size
-        self.rows = torch.empty(size + 1, op.shape[0], dtype=op.dtype, device=op.device)
-        self.projected = torch.zeros(size, size, dtype=torch.float64)
-        self.known = 0  # vectors whose column of T is measured
-        self.beta = 0.0  # coupling of the last of them to the next vector
-        self.scale = 0.0  # largest Ritz value or entry seen: an estimate of ‖A‖ from below
+        self.size, self.block = size, block
+        total = size + block
+        self.rows = torch.empty(total, op.shape[0], dtype=op.dtype, device=op.device)
+        self.known = self.pending = 0
+        # [:total, :total] T with B below it; last column: which rows are alive; corner: the scale so far
+        self._board = torch.zeros(total + 1, total + 1, dtype=torch.float64, device=op.device)
+        self._host = torch.zeros(total + 1, total + 1, dtype=torch.float64)
         self._dropped = 0.0  # residual norms of the pairs whose couplings were cut by fresh starts
-        self._random_row(0)
+
+    @property
+    def scale(self) -> float:
+        """The largest Ritz value or entry seen by the last look: an estimate of ‖A‖ from below."""
+        return float(self._host[-1, -1])
+
+    @property
+    def full(self) -> bool:
+        """Whether there is no room for another step."""
+        return self.known >= self._op.shape[0] or self.known + 2 * self.pending > len(self.rows)
 
     @property
     def complete(self) -> bool:
-        """Whether the basis spans the whole space, so that T holds the whole spectrum."""
+        """Whether the basis spans the whole space, so that T holds the whole spectrum (after a look)."""
         return self.known == self._op.shape[0]
 
+    # -- on the device: nothing here waits for a value -------------------------------------------------
     def step(self) -> None:
-        """One product with A, and one more basis vector."""
-        j = self.known
-        image = self._op @ self.rows[j]
-        coefficients, image = self._orthogonalize(image, j + 1)
-        numbers = torch.cat([coefficients, torch.linalg.vector_norm(image)[None]]).double().cpu()
-        if not bool(torch.isfinite(numbers).all()):
+        """Multiply the pending block with A, and make the next one from what is new in the images."""
+        n, p, op = self.known, self.pending, self._op
+        block, done, end = self.rows[n : n + p], n + p, n + 2 * p
+        image = (op @ block[0])[None] if p == 1 else (op @ block.mT).mT
+        scale = self._board[-1, -1].to(op.dtype)
+        inside, onward = orthonormalize(self.rows[:done], image, self.rows[done:end], scale, self._eps)
+        self._board[:done, n:done] = inside
+        self._board[done:end, n:done] = onward
+        self._board[done:end, -1] = (onward.diagonal() > 0).to(torch.float64)
+        seen = torch.maximum(inside.abs().amax(), onward.abs().amax()).double()
+        self._board[-1, -1] = torch.maximum(self._board[-1, -1], seen)
+        self.known = done
+
+    def fill(self, vectors: Tensor | None = None) -> None:
+        """Complete the pending block to its full width with random directions, or with given ones [b, P]."""
+        first = self.known + self.pending
+        if vectors is None:
+            count = min(self.block - self.pending, min(len(self.rows), self._op.shape[0]) - first)
+            if count <= 0:
+                return
+            vectors = gaussian(count, self._op, self._generator)
+        end = first + len(vectors)
+        new, none = self.rows[first:end], vectors.new_zeros(())
+        for _ in range(2):  # a second time, as almost nothing may be left of the first in a nearly full space
+            orthonormalize(self.rows[:first], vectors, new, none, 0.0)
+            vectors = new.clone()
+        self.pending += len(vectors)
+        self._board[first:end, : self.known] = 0
+        self._board[first:end, -1] = (torch.linalg.vector_norm(new, dim=1) > 0).to(torch.float64)
+
+    # -- on the host ---------------------------------------------------------------------------------
+    def look(self) -> bool:
+        """Read the board: the one synchronization. Returns whether some direction had run out.
+
+        Raises:
+            FloatingPointError: products gave NaN or Inf.
+            NotSymmetricError: two measurements of one entry of T disagree.
+        """
+        self._host = self._board.cpu()
+        if not bool(torch.isfinite(self._host).all()):
             raise FloatingPointError(
                 "eigsh: products with op gave NaN or Inf; look at the weights and the data"
             )
-        column, beta = numbers[:-1], float(numbers[-1])
-        self.scale = max(self.scale, float(column.abs().max()), beta)
-        self._check_symmetry(column, j)
-        self.projected[: j + 1, j] = column
-        self.projected[j, : j + 1] = column
-        self.known = j + 1
-        if self.complete:
-            self.beta = 0.0
-            return
-        # an invariant subspace is exhausted: go on with a random vector outside it, e.g. for multiple
-        # eigenvalues
-        if beta <= 10 * self._eps * self.scale:
-            self.beta = 0.0
-            self._random_row(j + 1)
-        else:
-            self.beta = beta
-            torch.div(image, beta, out=self.rows[j + 1])
-        if j + 1 < self.size:
-            self.projected[j, j + 1] = self.projected[j + 1, j] = self.beta
+        used = self.known + self.pending
+        alive = self._host[:used, -1] > 0
+        if bool(alive.all()):
+            self._check_symmetry()
+            return False
+        kept = alive.nonzero()[:, 0].tolist()
+        for target, source in enumerate(kept):
+            if target != source:
+                self.rows[target].copy_(self.rows[source])
+        matrix = self._host[kept][:, kept]
+        self.known = int(alive[: self.known].sum())
+        self.pending = len(kept) - self.known
+        self._write(matrix)
+        self._check_symmetry()
+        return True
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Ritz values [j] ascending, coordinates [j, j] as columns, residual norms [j] as T has them."""
-        values, coordinates = torch.linalg.eigh(self.projected[: self.known, : self.known])
-        self.scale = max(self.scale, float(values.abs().max()))
-        return values, coordinates, self.beta * coordinates[-1].abs()
+        """Ritz values [n] ascending, coordinates [n, n] as columns, residual norms [n] as T and B have them."""
+        n = self.known
+        values, coordinates = torch.linalg.eigh(self._host[:n, :n], UPLO="U")
+        largest = values.abs().amax() if n else self._host[-1, -1]
+        self._host[-1, -1] = torch.maximum(self._host[-1, -1], largest)
+        return values, coordinates, torch.linalg.vector_norm(self._coupling() @ coordinates, dim=0)
 
     def vectors(self, coordinates: Tensor) -> Tensor:
-        """Ritz vectors as rows [k, P] from coordinates [j, k]."""
+        """Ritz vectors as rows [k, P] from coordinates [n, k]."""
         return coordinates.mT.to(self.rows) @ self.rows[: self.known]
 
     def restart(self, values: Tensor, coordinates: Tensor, *, fresh: bool) -> None:
-        """Keep the Ritz vectors of the given values [p] and coordinates [j, p].
+        """Keep the Ritz vectors of the given values [q] and coordinates [n, q].
 
-        Goes on with the last residual direction, or (``fresh``) with a random vector: that one sees what the
-        old start vector did not.
+        Goes on with the pending block, or (``fresh``) with random vectors: these see what the old start did
+        not.
         """
-        kept, j = len(values), self.known
+        kept, n, p = len(values), self.known, self.pending
         rotation = coordinates.mT.to(self.rows)
         for start in range(0, self.rows.shape[1], _COLUMNS):
-            block = self.rows[:, start : start + _COLUMNS]
-            block[:kept] = rotation @ block[:j]
-        coupling = self.beta * coordinates[-1]
+            piece = self.rows[:, start : start + _COLUMNS]
+            piece[:kept] = rotation @ piece[:n]
+        coupling = self._coupling() @ coordinates
         if fresh:
             self._dropped += float(coupling.norm())
-            coupling = torch.zeros_like(coupling)
-        self.projected.zero_()
-        self.projected[range(kept), range(kept)] = values
-        if kept < self.size:
-            self.projected[kept, :kept] = self.projected[:kept, kept] = coupling
-        if fresh:
-            self._random_row(kept)
-        else:
-            self.rows[kept].copy_(self.rows[j])
-        self.known = kept
+            p = 0
+        for i in range(p):
+            self.rows[kept + i].copy_(self.rows[n + i])
+        matrix = torch.zeros(kept + p, kept + p, dtype=torch.float64)
+        matrix[range(kept), range(kept)] = values
+        matrix[kept:, :kept] = coupling[:p]
+        self.known, self.pending = kept, p
+        self._write(matrix)
+        self.fill()
 
-    def _orthogonalize(self, vector: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Coefficients on the first ``count`` rows and what is left: two passes."""
-        basis = self.rows[:count]
-        first = torch.mv(basis, vector)
-        vector = torch.addmv(
-            vector, basis.mT, first, alpha=-1
-        )  # a new tensor: the operator's result is its own
-        second = torch.mv(basis, vector)
-        return first + second, vector.addmv_(basis.mT, second, alpha=-1)
+    def _coupling(self) -> Tensor:
+        return self._host[self.known : self.known + self.pending, : self.known]
 
-    def _random_row(self, index: int) -> None:
-        vector = gaussian(1, self._op, self._generator)[0]
-        for _ in range(2):  # a second time, as almost nothing may be left of the first in a nearly full space
-            if index:
-                _, vector = self._orthogonalize(vector, index)
-            vector = vector / torch.linalg.vector_norm(vector)
-        self.rows[index].copy_(vector)
+    def _write(self, matrix: Tensor) -> None:
+        """Put a new T with its B on the board, all rows alive."""
+        used = len(matrix)
+        board = torch.zeros_like(self._host)
+        board[:used, :used] = matrix
+        board[:used, -1] = 1
+        board[-1, -1] = self._host[-1, -1]
+        self._host = board
+        self._board.copy_(board)
 
-    def _check_symmetry(self, column: Tensor, j: int) -> None:
-        # T[i, j] was measured from A v_i already; here it is measured from A v_j
-        expected = self.projected[:j, j]
-        off = float((column[:j] - expected).abs().max()) if j else 0.0
+    def _check_symmetry(self) -> None:
+        # what is above the diagonal was measured from A v_j; below it stands what A v_i said
+        matrix = self._host[: self.known, : self.known]
+        off = float((matrix - matrix.mT).abs().max()) if self.known else 0.0
         if off > (5e-2 if self._eps > 1e-10 else 1e-5) * self.scale + 2 * self._dropped:
             raise NotSymmetricError(
                 f"op: it is not symmetric (two measurements of one projected entry differ by {off:.2g}, at a "
                 f"scale of {self.scale:.2g}); eigsh needs A = Aᵀ"
             )
+
+    # -- a run that goes on in another process --------------------------------------------------------
+    def state(self) -> dict[str, Tensor]:
+        """What a later process needs to go on exactly from here."""
+        numbers = [self.known, self.pending, self.block, self.scale, self._dropped]
+        return {
+            "basis": self.rows[: self.known + self.pending],
+            "board": self._board,
+            "numbers": torch.tensor(numbers, dtype=torch.float64),
+            "generator": self._generator.get_state(),
+        }
+
+    def resume(self, state: dict[str, Tensor]) -> None:
+        """Take over what :meth:`state` gave."""
+        known, pending, block, scale, self._dropped = state["numbers"].tolist()
+        self.known, self.pending, self.block = int(known), int(pending), int(block)
+        self.rows[: len(state["basis"])] = state["basis"].to(self.rows)
+        self._board.copy_(state["board"])
+        self._host = state["board"].clone()
+        self._host[-1, -1] = scale
+        self._generator.set_state(state["generator"])
