@@ -16,6 +16,7 @@ from flatkern.estimators import (
 )
 from flatkern.flatness import ggn_trace, sharpness
 from flatkern.geometry import Geometry, LayerGeometry, geometry
+from flatkern.max_eigenvalue import MaxEigenvalue, max_eigenvalue
 from flatkern.operators import LinearOperator, fisher, ggn, hessian, hvp, jacobian
 from flatkern.results import Estimate, PerSample
 from flatkern.volume import local_dimensionality, log_volume, max_sensitivity
@@ -33,6 +34,7 @@ __all__ = [
     "Inequality",
     "LayerGeometry",
     "LinearOperator",
+    "MaxEigenvalue",
     "PerSample",
     "SpectralDensity",
     "__version__",
@@ -49,6 +51,7 @@ __all__ = [
     "local_dimensionality",
     "log_volume",
     "losses",
+    "max_eigenvalue",
     "max_sensitivity",
     "sharpness",
     "spectral_density",

@@ -27,7 +27,7 @@ from flatkern.operators.base import LinearOperator
 
 __all__ = ["Eigenpairs", "eigsh"]
 
-_NOISE = 1e-2  # norm of the random part of a first vector made from given ones
+_NOISE = 0.3  # norm of the random part of a first vector made from given ones; costs next to nothing
 _INTERRUPTED = "interrupted: residuals are those of the projected matrix, not from products with the vectors"
 
 
@@ -135,7 +135,9 @@ def eigsh(
     limit = check_positive(tol, "tol") or (1e-8 if operator.dtype == torch.float64 else 1e-4)
     block = min(size, 1 if block_size is None else check_count(block_size, "block_size"))
     check_count(max_matvecs, "max_matvecs", least=k + -(-k // block) * block)
-    width = max(2 * k + 12, 24, k + 6 * block) if basis_size is None else check_count(basis_size, "basis_size")
+    width = (
+        max(2 * k + 12, 24, k + 6 * block) if basis_size is None else check_count(basis_size, "basis_size")
+    )
     width = min(size, width)
     check_count(width, "basis_size", least=min(size, k + block))
     first = None if start is None else _start_vectors(start, operator)
@@ -183,7 +185,9 @@ def eigsh(
             saved.save(**search.state(), residuals=residuals)
     notes = [_INTERRUPTED] if cut else []
     if len(values) < k:
-        notes.append(f"{k - len(values)} pairs are missing: the run ended too early; none counts as converged")
+        notes.append(
+            f"{k - len(values)} pairs are missing: the run ended too early; none counts as converged"
+        )
     good = (residuals <= limit * basis.scale) & (not notes)
     return Eigenpairs(
         values=values,

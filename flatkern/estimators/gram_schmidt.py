@@ -7,7 +7,9 @@ from torch import Tensor
 
 __all__ = ["orthonormalize", "project_out"]
 
-_COLUMNS = 1 << 15  # columns a sweep on the CPU, so that a piece of the basis is still in cache when used again
+_COLUMNS = (
+    1 << 15
+)  # columns a sweep on the CPU, so that a piece of the basis is still in cache when used again
 
 
 def project_out(basis: Tensor, vector: Tensor, out: Tensor) -> Tensor:
