@@ -20,7 +20,7 @@ from flatkern.estimators.common import (
     require_finite,
     square_operator,
 )
-from flatkern.estimators.eigen_search import Search, Which, ranking
+from flatkern.estimators.eigen_search import Search, Which
 from flatkern.estimators.interrupt import Interruptible
 from flatkern.estimators.restarted_lanczos import LanczosBasis
 from flatkern.operators.base import LinearOperator
