@@ -33,6 +33,7 @@ class LanczosBasis:
         total = size + block
         self.rows = torch.empty(total, op.shape[0], dtype=op.dtype, device=op.device)
         self.known = self.pending = 0
+        self._coupled = 0  # the pending block's images have nothing in common with the rows before this one
         # [:total, :total] T with B below it; last column: which rows are alive; corner: the scale so far
         self._board = torch.zeros(total + 1, total + 1, dtype=torch.float64, device=op.device)
         self._host = torch.zeros(total + 1, total + 1, dtype=torch.float64)
@@ -60,13 +61,15 @@ class LanczosBasis:
         block, done, end = self.rows[n : n + p], n + p, n + 2 * p
         image = (op @ block[0])[None] if p == 1 else (op @ block.mT).mT
         scale = self._board[-1, -1].to(op.dtype)
-        inside, onward = orthonormalize(self.rows[:done], image, self.rows[done:end], scale, self._eps)
+        inside, onward = orthonormalize(
+            self.rows[:done], image, self.rows[done:end], coupled=self._coupled, scale=scale
+        )
         self._board[:done, n:done] = inside
         self._board[done:end, n:done] = onward
         self._board[done:end, -1] = (onward.diagonal() > 0).to(torch.float64)
         seen = torch.maximum(inside.abs().amax(), onward.abs().amax()).double()
         self._board[-1, -1] = torch.maximum(self._board[-1, -1], seen)
-        self.known = done
+        self.known, self._coupled = done, n
 
     def fill(self, vectors: Tensor | None = None) -> None:
         """Complete the pending block to its full width with random directions, or with given ones [b, P]."""
@@ -77,11 +80,12 @@ class LanczosBasis:
                 return
             vectors = gaussian(count, self._op, self._generator)
         end = first + len(vectors)
-        new, none = self.rows[first:end], vectors.new_zeros(())
+        new = self.rows[first:end]
         for _ in range(2):  # a second time, as almost nothing may be left of the first in a nearly full space
-            orthonormalize(self.rows[:first], vectors, new, none, 0.0)
+            orthonormalize(self.rows[:first], vectors, new)
             vectors = new.clone()
         self.pending += len(vectors)
+        self._coupled = 0
         self._board[first:end, : self.known] = 0
         self._board[first:end, -1] = (torch.linalg.vector_norm(new, dim=1) > 0).to(torch.float64)
 
@@ -156,6 +160,7 @@ class LanczosBasis:
     def _write(self, matrix: Tensor) -> None:
         """Put a new T with its B on the board, all rows alive."""
         used = len(matrix)
+        self._coupled = 0
         board = torch.zeros_like(self._host)
         board[:used, :used] = matrix
         board[:used, -1] = 1
@@ -176,7 +181,7 @@ class LanczosBasis:
     # -- a run that goes on in another process --------------------------------------------------------
     def state(self) -> dict[str, Tensor]:
         """What a later process needs to go on exactly from here."""
-        numbers = [self.known, self.pending, self.block, self.scale, self._dropped]
+        numbers = [self.known, self.pending, self.block, self._coupled, self.scale, self._dropped]
         return {
             "basis": self.rows[: self.known + self.pending],
             "board": self._board,
@@ -186,8 +191,8 @@ class LanczosBasis:
 
     def resume(self, state: dict[str, Tensor]) -> None:
         """Take over what :meth:`state` gave."""
-        known, pending, block, scale, self._dropped = state["numbers"].tolist()
-        self.known, self.pending, self.block = int(known), int(pending), int(block)
+        *counts, scale, self._dropped = state["numbers"].tolist()
+        self.known, self.pending, self.block, self._coupled = (int(count) for count in counts)
         self.rows[: len(state["basis"])] = state["basis"].to(self.rows)
         self._board.copy_(state["board"])
         self._host = state["board"].clone()
