@@ -96,7 +96,7 @@ class Search:
             self.basis.block = min(2 * self.basis.block, widest)
 
     def best(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The wanted pairs as they stand: values [k], vectors as rows [k, P], residuals as T has them."""
+        """The wanted pairs as they stand: values [k], vectors as rows [k, P], and bounds on residuals."""
         if self._unread:
             self.basis.look()
             self._unread = 0
@@ -106,7 +106,7 @@ class Search:
             wanted = wanted.sort(descending=True).values
         vectors = self.basis.vectors(coordinates[:, wanted])
         vectors /= torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
-        return values[wanted], vectors, residuals[wanted]
+        return values[wanted], vectors, residuals[wanted] + self.basis.dropped
 
     def state(self) -> dict[str, Tensor]:
         """What :meth:`resume` needs."""

@@ -28,7 +28,9 @@ from flatkern.operators.base import LinearOperator
 __all__ = ["Eigenpairs", "eigsh"]
 
 _NOISE = 0.3  # norm of the random part of a first vector made from given ones; costs next to nothing
-_INTERRUPTED = "interrupted: residuals are those of the projected matrix, not from products with the vectors"
+_INTERRUPTED = (
+    "interrupted: residuals are bounds from the projected matrix, not from products with the vectors"
+)
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def eigsh(
         tol: residual relative to the largest |Ritz value|; default 1e-8 in float64 and 1e-4 in float32. Far
             below 1e-6 in float32 rounding decides, and the pairs are reported as not converged.
         max_matvecs: all products together, at least 2 k; the k products of the final residuals included.
-        basis_size: vectors kept, at least k + block_size (or P); default max(2 k + 12, 24, k + 6 block_size).
+        basis_size: vectors kept, at least k + block_size (or P); default max(24, 1.25 k + 16, k + 6 block_size).
             Memory (basis_size + block_size + k) · P.
         block_size: vectors multiplied at once. Default: 1, and wider (to 8) once directions run out or a fresh
             start finds a missed copy, as multiple eigenvalues do. A fixed b > 1 takes more products in all and

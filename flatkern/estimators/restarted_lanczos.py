@@ -11,7 +11,10 @@ from flatkern.operators.base import LinearOperator
 
 __all__ = ["LanczosBasis"]
 
-_COLUMNS = 1 << 18  # columns rotated at a time, so that a restart needs no second basis
+_COLUMNS = {
+    "cpu": 1 << 14
+}  # columns rotated at a time: no second basis, and on the CPU a piece stays in cache
+_MOST_COLUMNS = 1 << 20
 
 
 class LanczosBasis:
@@ -37,12 +40,8 @@ class LanczosBasis:
         # [:total, :total] T with B below it; last column: which rows are alive; corner: the scale so far
         self._board = torch.zeros(total + 1, total + 1, dtype=torch.float64, device=op.device)
         self._host = torch.zeros(total + 1, total + 1, dtype=torch.float64)
-        self._dropped = 0.0  # residual norms of the pairs whose couplings were cut by fresh starts
-
-    @property
-    def scale(self) -> float:
-        """The largest Ritz value or entry seen by the last look: an estimate of ‖A‖ from below."""
-        return float(self._host[-1, -1])
+        self.scale = 0.0  # the largest Ritz value or entry that a look has seen: ‖A‖ from below
+        self.dropped = 0.0  # residual norms of the pairs whose couplings were cut by fresh starts
 
     @property
     def full(self) -> bool:
@@ -97,11 +96,12 @@ class LanczosBasis:
             FloatingPointError: products gave NaN or Inf.
             NotSymmetricError: two measurements of one entry of T disagree.
         """
-        self._host = self._board.cpu()
+        self._host = self._board.to("cpu", copy=True)
         if not bool(torch.isfinite(self._host).all()):
             raise FloatingPointError(
                 "eigsh: products with op gave NaN or Inf; look at the weights and the data"
             )
+        self.scale = max(self.scale, float(self._host[-1, -1]))
         used = self.known + self.pending
         alive = self._host[:used, -1] > 0
         if bool(alive.all()):
@@ -122,8 +122,7 @@ class LanczosBasis:
         """Ritz values [n] ascending, coordinates [n, n] as columns, residual norms [n] as T and B have them."""
         n = self.known
         values, coordinates = torch.linalg.eigh(self._host[:n, :n], UPLO="U")
-        largest = values.abs().amax() if n else self._host[-1, -1]
-        self._host[-1, -1] = torch.maximum(self._host[-1, -1], largest)
+        self.scale = max([self.scale, *values.abs().tolist()])
         return values, coordinates, torch.linalg.vector_norm(self._coupling() @ coordinates, dim=0)
 
     def vectors(self, coordinates: Tensor) -> Tensor:
@@ -138,12 +137,13 @@ class LanczosBasis:
         """
         kept, n, p = len(values), self.known, self.pending
         rotation = coordinates.mT.to(self.rows)
-        for start in range(0, self.rows.shape[1], _COLUMNS):
-            piece = self.rows[:, start : start + _COLUMNS]
+        columns = _COLUMNS.get(self.rows.device.type, _MOST_COLUMNS)
+        for start in range(0, self.rows.shape[1], columns):
+            piece = self.rows[:, start : start + columns]
             piece[:kept] = rotation @ piece[:n]
         coupling = self._coupling() @ coordinates
         if fresh:
-            self._dropped += float(coupling.norm())
+            self.dropped += float(coupling.norm())
             p = 0
         for i in range(p):
             self.rows[kept + i].copy_(self.rows[n + i])
@@ -164,7 +164,7 @@ class LanczosBasis:
         board = torch.zeros_like(self._host)
         board[:used, :used] = matrix
         board[:used, -1] = 1
-        board[-1, -1] = self._host[-1, -1]
+        board[-1, -1] = self.scale
         self._host = board
         self._board.copy_(board)
 
@@ -172,7 +172,7 @@ class LanczosBasis:
         # what is above the diagonal was measured from A v_j; below it stands what A v_i said
         matrix = self._host[: self.known, : self.known]
         off = float((matrix - matrix.mT).abs().max()) if self.known else 0.0
-        if off > (5e-2 if self._eps > 1e-10 else 1e-5) * self.scale + 2 * self._dropped:
+        if off > (5e-2 if self._eps > 1e-10 else 1e-5) * self.scale + 2 * self.dropped:
             raise NotSymmetricError(
                 f"op: it is not symmetric (two measurements of one projected entry differ by {off:.2g}, at a "
                 f"scale of {self.scale:.2g}); eigsh needs A = Aᵀ"
@@ -181,7 +181,7 @@ class LanczosBasis:
     # -- a run that goes on in another process --------------------------------------------------------
     def state(self) -> dict[str, Tensor]:
         """What a later process needs to go on exactly from here."""
-        numbers = [self.known, self.pending, self.block, self._coupled, self.scale, self._dropped]
+        numbers = [self.known, self.pending, self.block, self._coupled, self.scale, self.dropped]
         return {
             "basis": self.rows[: self.known + self.pending],
             "board": self._board,
@@ -191,10 +191,9 @@ class LanczosBasis:
 
     def resume(self, state: dict[str, Tensor]) -> None:
         """Take over what :meth:`state` gave."""
-        *counts, scale, self._dropped = state["numbers"].tolist()
+        *counts, self.scale, self.dropped = state["numbers"].tolist()
         self.known, self.pending, self.block, self._coupled = (int(count) for count in counts)
         self.rows[: len(state["basis"])] = state["basis"].to(self.rows)
         self._board.copy_(state["board"])
         self._host = state["board"].clone()
-        self._host[-1, -1] = scale
         self._generator.set_state(state["generator"])

@@ -196,3 +196,29 @@ def test_clusters_multiplicities_and_zeros(values, which, seed):
     k = min(3, len(values))
     pairs = eigsh(matrix, k, which=which, seed=seed)
     check(matrix, pairs, which, k, tol=1e-7)
+
+
+@given(
+    st.lists(st.sampled_from([0.0, 1.0, 1.0 + 1e-3, -1.0, 2.0, -3.0, 1e-12, 1e-6]), min_size=1, max_size=60),
+    st.sampled_from([1e-12, 1.0, 1e6]),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.sampled_from([None, 1, 3]),
+    st.sampled_from(WHICH),
+    st.integers(0, 99),
+)
+def test_known_spectra_at_every_scale(values, scale, dtype, block, which, seed):
+    matrix = (symmetric(values, seed) * scale).to(dtype)
+    matrix = (matrix + matrix.mT) / 2
+    k = min(4, len(values))
+    pairs = eigsh(matrix, k, which=which, block_size=block, seed=seed)
+    largest = float(torch.as_tensor(values).abs().max()) * scale
+    tol = 2e-8 if dtype == torch.float64 else 3e-4
+    assert pairs.converged.all()
+    assert pairs.verified
+    order = torch.Tensor.abs if which == "LM" else torch.clone
+    exact = wanted(symmetric(values, seed) * scale, which, k)
+    assert torch.allclose(order(pairs.values), order(exact), rtol=0, atol=tol * largest + 1e-300)
+    true = (matrix.double() @ pairs.vectors.double() - pairs.vectors.double() * pairs.values).norm(dim=0)
+    assert (true <= pairs.residuals + 100 * torch.finfo(dtype).eps * largest).all()
+    gram = pairs.vectors.double().mT @ pairs.vectors.double()
+    assert torch.allclose(gram, torch.eye(k).double(), atol=1e3 * torch.finfo(dtype).eps)
