@@ -125,7 +125,37 @@ def operators(result: dict[str, Any]) -> str:
     return "\n".join([*parts, _settings(result)])
 
 
-SECTIONS = {"operators": operators, "measurement": measurement, "kernels": kernels}
+def lanczos(result: dict[str, Any]) -> str:
+    """Lanczos bookkeeping, and eigenpairs against other packages."""
+    parts: dict[str, list[dict[str, Any]]] = {"bookkeeping": [], "eigenpairs": []}
+    for row in result["rows"]:
+        parts[row["part"]].append(row)
+    steps = [[r["way"], f"{r['cpu_s']:.2f}", f"**{r['ratio']:.2f}**"] for r in parts["bookkeeping"]]
+    pairs = [
+        [
+            str(r["n"]),
+            r["way"],
+            f"{r['cpu_s']:.2f}",
+            f"{r['residual']:.1e}" + ("" if r["reached"] else " (not reached)"),
+            f"**{r['ratio']:.1f}**",
+        ]
+        for r in parts["eigenpairs"]
+    ]
+    return (
+        "## Lanczos\n\n"
+        "What the steps cost beside the products, against classical Gram-Schmidt twice: V w and Vᵀ h two times a\n"
+        "step over the growing basis. *One pass* re-orthogonalizes once.\n\n"
+        f"{_table(['way', 'CPU s', 'ratio'], steps)}\n"
+        "Ten largest eigenvalues of a Hessian with their vectors. *Residual* is the largest true one over the largest\n"
+        "eigenvalue, by one operator for all rows; the ratio is time over flatkern's without verification (a second\n"
+        "run that looks for missed copies, which no other row makes). hessian-eigenthings gets the fewest steps, in\n"
+        "tens, that reach the residual; finding them is not charged.\n\n"
+        f"`python -m benchmarks.bench_lanczos`\n\n"
+        f"{_table(['samples', 'way', 'CPU s', 'residual', 'ratio'], pairs)}\n{_settings(result)}"
+    )
+
+
+SECTIONS = {"operators": operators, "lanczos": lanczos, "measurement": measurement, "kernels": kernels}
 
 
 def page() -> str:

@@ -42,7 +42,8 @@ class Eigenpairs:
     vectors: Tensor = field(repr=False)
     """[P, k], columns of unit norm, in the operator's dtype and on its device."""
     residuals: Tensor
-    """‖A v − λ v‖₂ of each pair, [k] float64, from products made with the final vectors."""
+    """‖A v − λ v‖₂ of each pair, [k] float64, from products made with the final vectors; after Ctrl-C bounds from
+    the projected matrix."""
     converged: Tensor
     """bool [k]: residual ≤ tol · (largest |Ritz value| seen)."""
     verified: bool
@@ -111,8 +112,8 @@ def eigsh(
     Ctrl-C ends the run after the present product and returns what is there, with ``converged`` false; a second
     one raises ``KeyboardInterrupt``.
 
-    Cost: beside a product, 8 · j · P flops a step and vector, j ≤ basis_size, in three readings of the basis; the
-    host waits for the device once every four products and at restarts.
+    Cost: beside a product, about 4 · j · P flops a step and vector in two readings of the basis, j ≤ basis_size;
+    the host waits for the device once every four products and at restarts.
 
     Raises:
         TypeError, ValueError: an argument that cannot be used, named; an operator seen to be non-symmetric; a
