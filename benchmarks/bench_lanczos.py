@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.bench_operators import problem
+from benchmarks.operator_problems import mlp
 from benchmarks.timing import alternate, save
 from flatkern.estimators import eigsh
 from flatkern.estimators.restarted_lanczos import LanczosBasis
@@ -24,6 +24,12 @@ from flatkern.operators.base import LinearOperator
 
 SIZE, STEPS, ROUNDS = 2_000_000, 40, 3
 PAIRS, TOL = 10, 1e-4
+
+
+def problem(n: int) -> tuple[nn.Module, Tensor, Tensor]:
+    """The MLP 784-512-512-10 with ``n`` random inputs and labels."""
+    torch.manual_seed(0)
+    return mlp(), torch.randn(n, 784), torch.randint(0, 10, (n,))
 
 
 class Diagonal(LinearOperator):

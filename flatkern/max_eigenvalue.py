@@ -55,6 +55,7 @@ def max_eigenvalue(
     forward: Forward | None = None,
     check_determinism: bool = True,
     mode: Mode = "auto",
+    train_mode: bool = False,
     tol: float = 1e-3,
     max_matvecs: int = 1000,
     start: MaxEigenvalue | Eigenpairs | Tensor | None = None,
@@ -73,7 +74,7 @@ def max_eigenvalue(
     Args:
         model: any module; in eval mode where it has batch norm or dropout. It is left as found.
         loss_fn: as for :func:`flatkern.hessian`, and so are ``data``, ``params``, ``reduction``, ``max_memory``,
-            ``forward``, ``check_determinism`` and ``mode``.
+            ``forward``, ``check_determinism``, ``mode`` and ``train_mode``.
         data: one pair (x, y) or a re-iterable of pairs.
         params: names or globs; default all parameters with ``requires_grad``.
         reduction: ``"mean"`` or ``"sum"``, for a callable ``loss_fn`` only.
@@ -81,14 +82,16 @@ def max_eigenvalue(
         forward: (model, batch) → (output, target).
         check_determinism: compare two passes once; about the price of a product.
         mode: how products are done.
+        train_mode: allow batch statistics, dropout and other randomness in the forward pass.
         tol: residual relative to the largest |Ritz value|; λ_max itself is usually far closer.
         max_matvecs: ends the run, with ``converged`` false.
         start: an earlier result, eigenpairs, or vectors [P] or [P, j]. A random part is always mixed in, so
             that another eigenvalue that has become the largest is seen; one within some tenths of a per
             cent of the one followed can be missed.
         verify: when converged, run once more from a random vector orthogonal to v; costs about 23 products.
-        seed: integer seed; or ``generator``. The global generator is never used.
-        generator: see ``seed``.
+        seed: integer seed of the search, and of the masks under ``train_mode`` (0 without it). The global generator
+            is never used.
+        generator: a ``torch.Generator`` for the search instead of ``seed``.
         progress: show a bar.
         checkpoint: see :func:`flatkern.eigsh`.
         checkpoint_seconds: see ``checkpoint``.
@@ -121,6 +124,8 @@ def max_eigenvalue(
         forward=forward,
         check_determinism=check_determinism,
         mode=mode,
+        train_mode=train_mode,
+        seed=0 if seed is None else seed,
     )
     pairs = eigsh(
         op,

@@ -85,3 +85,15 @@ def test_options_reach_the_operator_and_the_search(problem, tmp_path):
     ):
         with pytest.raises(error, match=text):
             fk.max_eigenvalue(*problem, **options)
+
+
+def test_train_mode_is_that_of_the_operator():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 3)).double().train()
+    given = (model, nn.CrossEntropyLoss(), (torch.randn(20, 5).double(), torch.arange(20) % 3))
+    with pytest.raises((ValueError, RuntimeError)):
+        fk.max_eigenvalue(*given, seed=1)
+    result = fk.max_eigenvalue(*given, train_mode=True, tol=1e-6, seed=1)
+    exact = torch.linalg.eigvalsh(fk.hessian(*given, train_mode=True, seed=1).to_dense())[-1]
+    assert float(result) == pytest.approx(float(exact), rel=1e-8)
+    assert model.training
