@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flatkern.estimators import NotSymmetricError, spectral_density
-from flatkern.estimators.common import make_generator, progress_bar, rademacher
-from flatkern.estimators.lanczos import lockstep_lanczos
+from flatkern.estimators.common import make_generator, rademacher
+from flatkern.estimators.lanczos import LockstepLanczos
 from flatkern.estimators.spectrum import merge_close
 from flatkern.operators import as_operator
 
@@ -165,13 +165,9 @@ def test_products_are_blocks_of_all_probes():
 
     recorder = Recorder()
     op = as_operator(recorder)
-    lockstep_lanczos(
-        op,
-        rademacher(5, op, make_generator(0, None, op.device)) / 60**0.5,
-        7,
-        reorthogonalize=False,
-        bar=progress_bar(1, enabled=False, what=""),
-    )
+    run = LockstepLanczos(op, rademacher(5, op, make_generator(0, None, op.device)) / 60**0.5)
+    for _ in range(7):
+        run.step()
     assert recorder.calls == ((60, 5),) * 7
 
 
