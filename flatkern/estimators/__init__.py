@@ -3,12 +3,12 @@
 from flatkern.estimators.common import NotDefiniteError, NotSymmetricError
 from flatkern.estimators.eigenpairs import Eigenpairs, eigsh
 from flatkern.estimators.function_trace import FunctionTrace
+from flatkern.estimators.linear_solve import Solution, solve
 from flatkern.estimators.log_determinant import logdet
+from flatkern.estimators.matrix_function import trace_function
 from flatkern.estimators.slq import spectral_density
-from flatkern.estimators.solve import Solution, solve
 from flatkern.estimators.spectrum import SpectralCurve, SpectralDensity
 from flatkern.estimators.stochastic_trace import trace
-from flatkern.estimators.trace_function import trace_function
 
 __all__ = [
     "Eigenpairs",

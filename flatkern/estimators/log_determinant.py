@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from flatkern.estimators.function_trace import FunctionTrace
-from flatkern.estimators.trace_function import Method, integrate_trace
+from flatkern.estimators.matrix_function import Method, integrate_trace
 
 __all__ = ["logdet"]
 
