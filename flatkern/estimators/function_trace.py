@@ -32,8 +32,8 @@ class FunctionTrace(Estimate):
     """Whether ``lower`` and ``upper`` are bounds."""
     steps: int = 0
     """Lanczos steps a probe; 0 where the value is exact."""
-    dof: int = 0
-    """Degrees of freedom behind ``stderr``."""
+    dof: int | None = None
+    """Degrees of freedom behind ``stderr``; ``None`` where the value is exact."""
 
     def interval(self, level: float = 0.9) -> tuple[float, float]:
         """The interval that covers the truth with probability ``level``: Student's t on both sides of the bracket.
@@ -45,7 +45,7 @@ class FunctionTrace(Estimate):
         """
         if not 0 < level < 1:
             raise ValueError(f"level: expected a probability between 0 and 1, got {level!r}")
-        reach = t_quantile(level, self.dof) * self.stderr if self.stderr else 0.0
+        reach = t_quantile(level, self.dof) * self.stderr if self.dof and self.stderr else 0.0
         return self.lower - reach, self.upper + reach
 
 
@@ -129,6 +129,10 @@ class Integrand:
             sides[side].append(value if end is None else self._radau(runs, end, low, high))
         lower = torch.stack(sides["lower"]).amax(0) if sides["lower"] else value - drift
         upper = torch.stack(sides["upper"]).amin(0) if sides["upper"] else value + drift
+        lower, upper = (
+            torch.minimum(lower, upper),
+            torch.maximum(lower, upper),
+        )  # equal ones may cross by rounding
         if all(self.proven):
             value = 0.5 * (lower + upper)
         return Values(value, lower, upper)

@@ -15,6 +15,7 @@ __all__ = ["LockstepLanczos", "row_dots"]
 
 _CHECKED_STEPS = 4
 _CHECK_EVERY = 8
+_SMALL, _TINY = 1 << 17, 1 << 11
 
 
 class LockstepLanczos:
@@ -83,9 +84,8 @@ class LockstepLanczos:
         if self._outside is not None:
             residual.addmm_(residual @ self._outside.mT, self._outside, alpha=-1)
         for block in self._filled(self.steps + 1):
-            for seen, vector in zip(block, residual, strict=True):
-                vector.addmv_(seen.mT, torch.mv(seen, vector), alpha=-1)
-        beta = torch.stack([torch.linalg.vector_norm(row) for row in residual])
+            _project_out(block, residual)
+        beta = torch.linalg.vector_norm(residual, dim=1)
         self._scale = torch.maximum(self._scale, torch.maximum(alpha.abs(), beta))
         alive = beta > 10 * self._eps * self._scale
         self._beta = torch.where(alive, beta, 0.0)
@@ -148,5 +148,21 @@ class LockstepLanczos:
 
 
 def row_dots(left: Tensor, right: Tensor) -> Tensor:
-    """Row by row inner products [k], without a table of the entries' products."""
+    """Row by row inner products [k]."""
+    if left.is_cuda:
+        return torch.bmm(left[:, None], right[:, :, None])[:, 0, 0]
+    if left.numel() <= _SMALL:
+        return (left * right).sum(1)
+    # a table of the products would cost more than launching k times
     return torch.stack([torch.dot(a, b) for a, b in zip(left, right, strict=True)])
+
+
+def _project_out(basis: Tensor, rows: Tensor) -> None:
+    """Subtract from each of k rows [k, P] its components along that row's orthonormal basis, [k, c, P]; in place."""
+    if rows.is_cuda or rows.numel() <= _TINY:
+        column = rows[:, :, None]
+        column.baddbmm_(basis.mT, torch.bmm(basis, column), alpha=-1)
+        return
+    # batched products of thin matrices are several times slower than these on the CPU
+    for seen, vector in zip(basis, rows, strict=True):
+        vector.addmv_(seen.mT, torch.mv(seen, vector), alpha=-1)

@@ -178,7 +178,7 @@ class _Solver:
             0.0,
             0,
         )  # what made conjugate gradients stop, after how many iterations
-        self._interrupted = self._finished = False
+        self._interrupted = self._finished = self._spent = False
         self._cycle: ConjugateGradients | MinRes | None = None
         self._columns = self._open
         if file.state is not None:
@@ -236,12 +236,14 @@ class _Solver:
         measured = require_finite(torch.linalg.vector_norm(residual, dim=1).double().cpu(), "solve")
         norms = self._norms_host[rows]
         relative = torch.where(norms > 0, measured / norms.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
-        going = (relative > self._tol) & (relative <= 0.5 * self.residuals[rows])
+        # a cycle that the budget cut short says nothing about what is possible
+        going = (relative > self._tol) & ((relative <= 0.5 * self.residuals[rows]) | self._spent)
         self.residuals[rows] = relative
         if self._switched and self.iterations == self._switched:
             going = relative > self._tol  # the other method starts here, whatever this one reached
         self._open = rows[going]
-        if self._interrupted or not len(self._open) or self.matvecs + 2 * len(self._open) > self._budget:
+        self._spent = len(self._open) > 0 and self.matvecs + 2 * len(self._open) > self._budget
+        if self._interrupted or self._spent or not len(self._open):
             return False
         self._columns = self._open
         x, residual, targets = x[going], residual[going], AIM * self._tol * self._norms[self._open]
@@ -258,7 +260,8 @@ class _Solver:
         while True:
             # the last products are for the residuals of all open columns
             affordable = self.matvecs + len(self._columns) + len(self._open) <= self._budget
-            if not affordable or stop.requested or (cycle.iterations % LOOK_EVERY == 0 and self._look(cycle)):
+            self._spent = not affordable
+            if self._spent or stop.requested or (cycle.iterations % LOOK_EVERY == 0 and self._look(cycle)):
                 break
             cycle.step()
             self.iterations += 1
@@ -273,9 +276,14 @@ class _Solver:
         self._cycle = None
 
     def _take(self, cycle: ConjugateGradients | MinRes, rows: Tensor) -> None:
-        """Take over those rows' x, where their residuals are not larger than at the cycle's start."""
+        """Take over those rows' x, unless their residuals have grown since the cycle's start.
+
+        Those of conjugate gradients may grow on the way to a smaller error; where these met a singular or
+        indefinite operator that excuse is void.
+        """
         columns = self._columns[rows]
-        better = cycle.look()[1][rows] <= self.residuals[columns] * self._norms_host[columns]
+        excuse = 1.0 if self._minres else torch.finfo(self.x.dtype).eps ** -0.5
+        better = cycle.look()[1][rows] <= excuse * self.residuals[columns] * self._norms_host[columns]
         self.x[columns[better]] = cycle.x[rows[better]]
 
     def _look(self, cycle: ConjugateGradients | MinRes) -> bool:
@@ -310,7 +318,7 @@ class _Solver:
     # -- going on in another process ---------------------------------------------------------------
     def _save(self) -> None:
         cycle = self._cycle
-        numbers = [self.matvecs, self.iterations, self._switched, self._minres, self._finished]
+        numbers = [self.matvecs, self.iterations, self._switched, self._minres, self._finished, self._spent]
         state = {
             "all": self.x,
             "residuals": self.residuals,
@@ -326,10 +334,10 @@ class _Solver:
     def _restore(self, state: Mapping[str, Tensor]) -> None:
         self.x, self.residuals = state["all"].to(self.x), state["residuals"]
         self._open, self._columns, self._started = state["open"], state["columns"], True
-        self.matvecs, self.iterations, self._switched, minres, finished, inner = (
+        self.matvecs, self.iterations, self._switched, minres, finished, spent, inner = (
             int(n) for n in state["numbers"]
         )
-        self._minres, self._finished = bool(minres), bool(finished)
+        self._minres, self._finished, self._spent = bool(minres), bool(finished), bool(spent)
         self._curvature = float(state["curvature"])
         self._bar.update(self.matvecs)
         if inner >= 0:
