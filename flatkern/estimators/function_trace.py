@@ -10,8 +10,8 @@ from torch import Tensor
 
 from flatkern.estimators.common import NotDefiniteError
 from flatkern.estimators.quadrature import SIGNS, DerivativeSigns, Tridiagonals, check_signs
-from flatkern.estimators.student import t_quantile
 from flatkern.results import Estimate
+from flatkern.student import student_quantile
 
 __all__ = ["FunctionTrace", "Integrand", "Values"]
 
@@ -32,8 +32,6 @@ class FunctionTrace(Estimate):
     """Whether ``lower`` and ``upper`` are bounds."""
     steps: int = 0
     """Lanczos steps a probe; 0 where the value is exact."""
-    dof: int | None = None
-    """Degrees of freedom behind ``stderr``; ``None`` where the value is exact."""
 
     def interval(self, level: float = 0.9) -> tuple[float, float]:
         """The interval that covers the truth with probability ``level``: Student's t on both sides of the bracket.
@@ -45,7 +43,7 @@ class FunctionTrace(Estimate):
         """
         if not 0 < level < 1:
             raise ValueError(f"level: expected a probability between 0 and 1, got {level!r}")
-        reach = t_quantile(level, self.dof) * self.stderr if self.dof and self.stderr else 0.0
+        reach = student_quantile((1 + level) / 2, self.dof) * self.stderr if self.stderr else 0.0
         return self.lower - reach, self.upper + reach
 
 

@@ -12,7 +12,7 @@ from interrupted import Failing, KilledError, symmetric
 
 from flatkern.estimators import NotDefiniteError, NotSymmetricError, logdet, trace_function
 from flatkern.estimators.stochastic_quadrature import PILOT
-from flatkern.estimators.student import t_quantile
+from flatkern.student import student_quantile
 
 FLAT = torch.linspace(0.5, 3, 60).double()
 SKEWED = torch.cat([torch.tensor([400.0, 150.0, 60.0]), torch.linspace(0.5, 1.5, 57)]).double()
@@ -54,7 +54,7 @@ def test_intervals_cover_and_are_not_wide(run, f, values, share):
     runs = [run(matrix, values, seed, atol=sd / share) for seed in range(200)]
     intervals = [r.interval(0.9) for r in runs]
     assert sum(low <= exact <= high for low, high in intervals) >= 170
-    fixed = [2 * t_quantile(0.9, len(r.samples) - 1) * sd / len(r.samples) ** 0.5 for r in runs]
+    fixed = [2 * student_quantile(0.95, len(r.samples) - 1) * sd / len(r.samples) ** 0.5 for r in runs]
     assert sum(high - low for low, high in intervals) <= 1.5 * sum(fixed)
     assert sum(r.converged for r in runs) >= 100
     errors = torch.tensor([r.value - exact for r in runs])

@@ -10,7 +10,6 @@ from flatkern.estimators.common import make_generator, rademacher
 from flatkern.estimators.function_trace import Integrand
 from flatkern.estimators.lanczos import LockstepLanczos
 from flatkern.estimators.quadrature import check_signs
-from flatkern.estimators.student import t_quantile
 from flatkern.operators import as_operator
 
 FUNCTIONS = {
@@ -166,14 +165,6 @@ def test_functions_are_checked():
     ):
         with pytest.raises(ValueError, match="bracket"):
             check_signs(f, signs, 0.1, 9.0)
-
-
-def test_student_quantiles():
-    scipy_stats = pytest.importorskip("scipy.stats")
-    for dof in (1, 2, 3, 7, 15, 40, 301):
-        for level in (0.5, 0.9, 0.95, 0.999):
-            exact = scipy_stats.t.ppf(0.5 + level / 2, dof)
-            assert t_quantile(level, dof) == pytest.approx(exact, rel=1e-9)
 
 
 @settings(max_examples=40, deadline=None)
