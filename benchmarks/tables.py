@@ -89,10 +89,10 @@ def slq(result: dict[str, Any]) -> str:
     header = ["model", "samples", "way", "CPU s", "products", "Wasserstein", "L1", "ratio"]
     return (
         "## Spectral density\n\n"
-        "Stochastic Lanczos quadrature of a Hessian, 8 probes of 40 steps, the making of the operator included. *Ratio*:\n"
-        "time of hessian-eigenthings over that of the row. *Wasserstein*: distance from the reference's distribution;\n"
-        "*L1*: that of densities broadened by 2 % of the spectrum's width. *whole basis* and *no basis* say what is kept\n"
-        "for re-orthogonalization.\n\n"
+        "Stochastic Lanczos quadrature of a Hessian, 8 probes of 40 steps, the making of the operator included.\n"
+        "*Ratio*: time of hessian-eigenthings over that of the row. *Wasserstein*: distance from the reference's\n"
+        "distribution; *L1*: that of densities broadened by 2 % of the spectrum's width. *whole basis* and *no basis*:\n"
+        "what is kept for re-orthogonalization.\n\n"
         f"`python -m benchmarks.bench_slq`\n\n{_table(header, rows)}\n{_settings(result)}"
     )
 

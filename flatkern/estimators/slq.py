@@ -26,8 +26,8 @@ from flatkern.estimators.spectrum import SpectralDensity, merge_close
 
 __all__ = ["spectral_density"]
 
-BASIS_BYTES = 1 << 27
-"""What is kept for re-orthogonalization unless more or less is asked for: 128 MiB."""
+BASIS_BYTES = 1 << 26
+"""What is kept for re-orthogonalization unless more or less is asked for: 64 MiB."""
 
 
 def spectral_density(
@@ -59,7 +59,7 @@ def spectral_density(
         probes: number k of independent probes; 2 or more for error bars. They run in lockstep as one block.
         steps: Lanczos steps m (at most P are made).
         reorthogonalize: how many of its first Lanczos vectors each probe keeps and orthogonalizes against, one
-            vector of memory each; ``True``: all, ``False``: none. Default: as many as fit into 128 MiB. The
+            vector of memory each; ``True``: all, ``False``: none. Default: as many as fit into 64 MiB. The
             broadened density does not need it; without, converged eigenvalues are found again instead of new
             ones, so the same accuracy takes more steps.
         deflate: converged eigenpairs to count exactly: an :class:`Eigenpairs` (those of its pairs that have
@@ -76,8 +76,7 @@ def spectral_density(
         checkpoint_seconds: least time between two writes.
 
     Returns:
-        A :class:`SpectralDensity`. Nodes of a probe closer than 10 eps · max|θ| (eps of the operator's dtype)
-            are
+        A :class:`SpectralDensity`. Nodes of a probe closer than 10 eps · max|θ| (eps of the operator's dtype) are
         merged: they are copies of one eigenvalue. After Ctrl-C it holds the steps made until then, with
         ``converged`` false.
 
