@@ -155,7 +155,39 @@ def lanczos(result: dict[str, Any]) -> str:
     )
 
 
-SECTIONS = {"operators": operators, "lanczos": lanczos, "measurement": measurement, "kernels": kernels}
+def slq(result: dict[str, Any]) -> str:
+    """Spectral densities against hessian-eigenthings."""
+    rows = [
+        [
+            r["model"],
+            str(r["n"]),
+            r["way"],
+            f"{r['cpu_s']:.2f}",
+            str(r["products"]),
+            f"{r['wasserstein']:.2e}",
+            f"{r['l1']:.2e}",
+            f"**{r['ratio']:.2f}** (wall {r['wall_ratio']:.2f})",
+        ]
+        for r in result["rows"]
+    ]
+    header = ["model", "samples", "way", "CPU s", "products", "Wasserstein", "L1", "ratio"]
+    return (
+        "## Spectral density\n\n"
+        "Stochastic Lanczos quadrature of a Hessian, 8 probes of 40 steps, the making of the operator included.\n"
+        "*Ratio*: time of hessian-eigenthings over that of the row. *Wasserstein*: distance from the reference's\n"
+        "distribution; *L1*: that of densities broadened by 2 % of the spectrum's width. *whole basis* and *no\n"
+        "basis*: what is kept for re-orthogonalization.\n\n"
+        f"`python -m benchmarks.bench_slq`\n\n{_table(header, rows)}\n{_settings(result)}"
+    )
+
+
+SECTIONS = {
+    "operators": operators,
+    "lanczos": lanczos,
+    "slq": slq,
+    "measurement": measurement,
+    "kernels": kernels,
+}
 
 
 def page() -> str:

@@ -9,10 +9,15 @@ from flatkern import kernels, losses
 from flatkern.bounds import Bounds, Inequality, bounds
 from flatkern.estimators import (
     Eigenpairs,
+    FunctionTrace,
+    Solution,
     SpectralDensity,
     eigsh,
+    logdet,
+    solve,
     spectral_density,
     trace,
+    trace_function,
 )
 from flatkern.flatness import ggn_trace, sharpness
 from flatkern.geometry import Geometry, LayerGeometry, geometry
@@ -30,12 +35,14 @@ __all__ = [
     "Bounds",
     "Eigenpairs",
     "Estimate",
+    "FunctionTrace",
     "Geometry",
     "Inequality",
     "LayerGeometry",
     "LinearOperator",
     "MaxEigenvalue",
     "PerSample",
+    "Solution",
     "SpectralDensity",
     "__version__",
     "bounds",
@@ -50,10 +57,13 @@ __all__ = [
     "kernels",
     "local_dimensionality",
     "log_volume",
+    "logdet",
     "losses",
     "max_eigenvalue",
     "max_sensitivity",
     "sharpness",
+    "solve",
     "spectral_density",
     "trace",
+    "trace_function",
 ]

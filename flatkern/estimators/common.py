@@ -12,6 +12,7 @@ from flatkern.operators.adapters import as_operator
 from flatkern.operators.base import LinearOperator
 
 __all__ = [
+    "NotDefiniteError",
     "NotSymmetricError",
     "make_generator",
     "progress_bar",
@@ -26,6 +27,10 @@ _BLOCK_ROWS = 32
 
 class NotSymmetricError(ValueError):
     """An algorithm for symmetric operators was given one that is not."""
+
+
+class NotDefiniteError(ValueError):
+    """An algorithm for positive definite operators was given one that is not."""
 
 
 def square_operator(op: Any) -> LinearOperator:

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from flatkern.estimators.checkpoint import Checkpoint, require_seed
 from flatkern.estimators.common import (
     check_count,
+    gaussian,
     make_generator,
     progress_bar,
     rademacher,
     square_operator,
 )
-from flatkern.estimators.lanczos import lockstep_lanczos
+from flatkern.estimators.deflation import Deflation
+from flatkern.estimators.eigenpairs import Eigenpairs
+from flatkern.estimators.interrupt import Interruptible
+from flatkern.estimators.lanczos import LockstepLanczos
 from flatkern.estimators.spectrum import SpectralDensity, merge_close
 
 __all__ = ["spectral_density"]
 
-BASIS_BYTES = 1 << 28
-"""Largest basis that is kept for re-orthogonalization unless it is asked for: 256 MiB."""
+BASIS_BYTES = 1 << 26
+"""What is kept for re-orthogonalization unless more or less is asked for: 64 MiB."""
 
 
 def spectral_density(
@@ -28,10 +35,14 @@ def spectral_density(
     *,
     probes: int = 8,
     steps: int = 40,
-    reorthogonalize: bool | None = None,
+    reorthogonalize: bool | int | None = None,
+    deflate: Eigenpairs | tuple[Tensor, Tensor] | None = None,
+    max_matvecs: int | None = None,
     seed: int | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_seconds: float = 30.0,
 ) -> SpectralDensity:
     """The eigenvalue distribution (1/P) Σ_i δ(λ − λ_i) of a symmetric operator.
 
@@ -39,27 +50,42 @@ def spectral_density(
     measure: Σ_j w_j f(θ_j) = vᵀ f(A) v / P exactly for polynomials f of degree up to 2 m − 1, with Σ_j w_j =
     1. The mean over probes estimates Tr f(A) / P, the spread over probes its error.
 
+    With ``deflate`` = (λ_1 … λ_j, u_1 … u_j) these eigenvalues are counted exactly, with weight 1/P each, and
+    the quadrature runs on their orthogonal complement with random directions in it: unbiased as before, and
+    the outliers add nothing to the error.
+
     Args:
         op: a symmetric flatkern operator, matrix, or any object with ``shape``, ``dtype`` and ``@``.
         probes: number k of independent probes; 2 or more for error bars. They run in lockstep as one block.
         steps: Lanczos steps m (at most P are made).
-        reorthogonalize: keep the basis, (m + 2) · k · P numbers, and orthogonalize against it twice. Without,
-            3 · k · P numbers are enough; the broadened density is as good, the smallest eigenvalues come
-            later. Default: where the basis fits into 256 MiB.
+        reorthogonalize: how many of its first Lanczos vectors each probe keeps and orthogonalizes against, one
+            vector of memory each; ``True``: all, ``False``: none. Default: as many as fit into 64 MiB. The
+            broadened density does not need it; without, converged eigenvalues are found again instead of new
+            ones, so the same accuracy takes more steps.
+        deflate: converged eigenpairs to count exactly: an :class:`Eigenpairs` (those of its pairs that have
+            converged), or values [j] and vectors [P, j]. They are checked with j products.
+        max_matvecs: all products together, at least one step; fewer steps are made where it is not enough, and
+            ``converged`` is false.
         seed: integer seed; or ``generator``: a ``torch.Generator`` to draw from. The global one is never
             used.
         generator: see ``seed``.
         progress: show a bar.
+        checkpoint: file to keep the state in; a run killed at any moment and started again goes on from it
+            to bit-identical results, and returns at once where it had finished. Needs ``seed``, not
+            ``generator``.
+        checkpoint_seconds: least time between two writes.
 
     Returns:
-        A :class:`SpectralDensity`. Nodes of a probe closer than 10 eps · max|θ| (eps of the operator's dtype)
-            are
-        merged: they are copies of one eigenvalue.
+        A :class:`SpectralDensity`. Nodes of a probe closer than 10 eps · max|θ| (eps of the operator's dtype) are
+        merged: they are copies of one eigenvalue. After Ctrl-C it holds the steps made until then, with
+        ``converged`` false.
 
-    Cost: k · m products, in blocks of k. Lanczos runs in the operator's dtype, the quadrature in float64.
+    Cost: k · m products, in blocks of k. Lanczos runs in the operator's dtype, the quadrature in float64. Values
+    reach the host once, at the end.
 
     Raises:
-        TypeError, ValueError: an argument that cannot be used, named; an operator seen to be non-symmetric.
+        TypeError, ValueError: an argument that cannot be used, named; an operator seen to be non-symmetric;
+            ``deflate`` not eigenpairs of this operator; a checkpoint of another run.
         FloatingPointError: products gave NaN or Inf.
 
     Source: Ubaru, Chen, Saad, "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature", SIAM J. Matrix
@@ -74,20 +100,66 @@ def spectral_density(
     """
     start = time.perf_counter()
     operator = square_operator(op)
-    check_count(probes, "probes")
-    check_count(steps, "steps")
     size = operator.shape[0]
-    steps = min(steps, size)
+    check_count(probes, "probes")
+    steps = min(check_count(steps, "steps"), size)
+    require_seed(checkpoint, generator)
+    outliers = None if deflate is None else Deflation.of(deflate, operator)
+    known = 0 if outliers is None else len(outliers)
+    wanted = steps = min(steps, size - known)
+    if max_matvecs is not None:
+        check_count(max_matvecs, "max_matvecs", least=known + probes)
+        steps = min(steps, (max_matvecs - known) // probes)
     finfo = torch.finfo(operator.dtype)
-    if reorthogonalize is None:
-        reorthogonalize = (steps + 2) * probes * size * finfo.bits // 8 <= BASIS_BYTES
-    source = make_generator(seed, generator, operator.device)
-    vectors = rademacher(probes, operator, source) / size**0.5
-    with progress_bar(probes * steps, enabled=progress, what="spectral_density") as bar:
-        runs = lockstep_lanczos(operator, vectors, steps, reorthogonalize=reorthogonalize, bar=bar)
-    nodes, weights = runs.quadrature()
-    resolution = 10 * finfo.eps * float(nodes.abs().max())
-    nodes, weights = merge_close(nodes, weights, resolution)
+    keep = kept_vectors(reorthogonalize, steps, probes * size * finfo.bits // 8)
+    settings = {
+        "probes": probes,
+        "steps": steps,
+        "kept": keep,
+        "seed": seed,
+        "deflate": None if outliers is None else outliers.rows,
+    }
+    file = Checkpoint(
+        checkpoint, what="spectral_density", op=operator, settings=settings, seconds=checkpoint_seconds
+    )
+    with file, progress_bar(probes * steps, enabled=progress, what="spectral_density") as bar:
+        if outliers is None:
+            vectors = (
+                rademacher(probes, operator, make_generator(seed, generator, operator.device)) / size**0.5
+            )
+        else:
+            vectors = outliers.directions(
+                gaussian(probes, operator, make_generator(seed, generator, operator.device))
+            )
+        run = LockstepLanczos(
+            operator,
+            vectors,
+            keep=keep,
+            chunk=steps,
+            outside=None if outliers is None else outliers.rows,
+            what="spectral_density",
+        )
+        del vectors
+        if file.state is not None:
+            run.restore(file.state)
+            file.state = None
+        bar.update(probes * run.steps)
+        with Interruptible() as stop:
+            while run.steps < steps and not stop.requested:
+                run.step()
+                bar.update(probes)
+                if file.due() or run.steps == steps or stop.requested:
+                    file.save(**run.state())
+        rule = run.tridiagonals().gauss()
+    notes = []
+    if run.steps < steps:
+        notes.append(f"interrupted after {run.steps} of {steps} steps")
+    elif steps < wanted:
+        notes.append(f"max_matvecs left {steps} of {wanted} steps")
+    resolution = 10 * finfo.eps * float(rule.nodes.abs().max())
+    nodes, weights = merge_close(rule.nodes, rule.weights, resolution)
+    if outliers is not None:
+        nodes, weights = outliers.add_to(nodes, weights, size)
     powers = torch.stack([(weights * nodes**j).sum(1) for j in range(5)])  # [5, k]
     return SpectralDensity(
         nodes=nodes,
@@ -95,7 +167,20 @@ def spectral_density(
         moments=powers.mean(1),
         stderr=powers.std(1) / probes**0.5 if probes > 1 else None,
         size=size,
-        matvecs=probes * steps,
+        matvecs=probes * run.steps + known,
         seconds=time.perf_counter() - start,
         resolution=resolution,
+        converged=not notes,
+        notes=tuple(notes),
     )
+
+
+def kept_vectors(
+    reorthogonalize: bool | int | None, steps: int, row_bytes: int, limit: int = BASIS_BYTES
+) -> int:
+    """How many vectors each run keeps, given the bytes of one for all runs."""
+    if reorthogonalize is None:
+        return min(steps, limit // row_bytes)
+    if isinstance(reorthogonalize, bool):
+        return steps if reorthogonalize else 0
+    return min(steps, check_count(reorthogonalize, "reorthogonalize", least=0))

@@ -49,6 +49,9 @@ class SpectralDensity:
     seconds: float
     resolution: float = field(repr=False)
     """Nodes closer than this are one."""
+    converged: bool = True
+    """Whether all steps that were asked for have been made."""
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse NaN and Inf."""

@@ -5,20 +5,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interrupted import Failing, KilledError, symmetric
 
-from flatkern.estimators import NotSymmetricError, spectral_density
-from flatkern.estimators.common import make_generator, progress_bar, rademacher
-from flatkern.estimators.lanczos import lockstep_lanczos
+from flatkern.estimators import NotSymmetricError, eigsh, spectral_density
+from flatkern.estimators.common import make_generator, rademacher
+from flatkern.estimators.lanczos import LockstepLanczos
 from flatkern.estimators.spectrum import merge_close
 from flatkern.operators import as_operator
-
-
-def symmetric(values, seed=0):
-    values = torch.as_tensor(values, dtype=torch.float64)
-    g = torch.Generator().manual_seed(seed)
-    q = torch.linalg.qr(torch.randn(len(values), len(values), generator=g, dtype=torch.float64)).Q
-    return (q * values) @ q.T
-
 
 SPREAD = symmetric(torch.linspace(-1, 1, 60))
 OUTLIERS = symmetric(torch.cat([torch.tensor([50.0, 49.0, 20.0]), torch.linspace(-1, 1, 197)]))
@@ -165,13 +158,9 @@ def test_products_are_blocks_of_all_probes():
 
     recorder = Recorder()
     op = as_operator(recorder)
-    lockstep_lanczos(
-        op,
-        rademacher(5, op, make_generator(0, None, op.device)) / 60**0.5,
-        7,
-        reorthogonalize=False,
-        bar=progress_bar(1, enabled=False, what=""),
-    )
+    run = LockstepLanczos(op, rademacher(5, op, make_generator(0, None, op.device)) / 60**0.5)
+    for _ in range(7):
+        run.step()
     assert recorder.calls == ((60, 5),) * 7
 
 
@@ -208,3 +197,115 @@ def test_any_spectrum(values, steps, reorthogonalize, seed):
     scale = max(map(abs, values)) + 1e-300
     assert d.nodes[d.weights > 1e-12].abs().max() <= scale * (1 + 1e-9)
     assert torch.isfinite(d.density().values).all()
+
+
+# -- outliers counted exactly ------------------------------------------------------------------------------
+def test_deflation_counts_outliers_exactly_and_shrinks_the_error():
+    pairs = eigsh(OUTLIERS, k=3, seed=0, tol=1e-9)
+    exact = [float(torch.linalg.matrix_power(OUTLIERS, d).trace()) / 200 for d in range(5)]
+    plain = spectral_density(OUTLIERS, probes=8, steps=30, seed=0)
+    for given_as in (pairs, (pairs.values, pairs.vectors)):
+        d = spectral_density(OUTLIERS, probes=8, steps=30, seed=0, deflate=given_as)
+        assert d.matvecs == 8 * 30 + 3
+        assert torch.allclose(d.weights.sum(1), torch.ones(8, dtype=torch.float64))
+        assert (d.nodes.diff(dim=1) >= 0).all()
+        assert d.stderr[1] < plain.stderr[1] / 4
+        assert (d.stderr[2:] < plain.stderr[2:] / 100).all()
+        assert ((d.moments - torch.tensor(exact)).abs() <= 5 * d.stderr + 1e-9).all()
+        nodes, weights = d.merged()
+        for value in (50.0, 49.0, 20.0):
+            near = (nodes - value).abs() < 1e-6
+            assert float(weights[near].sum()) * 200 == pytest.approx(1.0)
+        assert float(d.cumulative([10.0]).values) == pytest.approx(197 / 200)
+        assert float(d.cumulative([10.0]).stderr) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_deflation_is_unbiased_and_its_intervals_cover():
+    pairs = eigsh(OUTLIERS, k=3, seed=0)
+    exact = float(OUTLIERS.square().sum()) / 200
+    runs = [spectral_density(OUTLIERS, probes=12, steps=4, seed=s, deflate=pairs) for s in range(100)]
+    gaps = torch.stack([d.moments[2] for d in runs]) - exact
+    assert abs(float(gaps.mean())) <= 4 * float(gaps.std()) / 10 + 1e-7
+    covered = [abs(float(d.moments[2]) - exact) <= 2.2 * float(d.stderr[2]) for d in runs]  # t with 11 d.o.f.
+    assert sum(covered) >= 87
+
+
+def test_deflated_runs_stay_out_of_the_outliers():
+    pairs = eigsh(OUTLIERS.float(), k=3, seed=0)
+    d = spectral_density(OUTLIERS.float(), probes=3, steps=80, seed=0, reorthogonalize=False, deflate=pairs)
+    nodes, weights = d.merged()
+    assert float(weights[nodes > 10].sum()) * 200 == pytest.approx(3.0, abs=1e-4)
+
+
+def test_only_converged_eigenpairs_of_this_operator_are_taken():
+    pairs = eigsh(OUTLIERS, k=3, seed=0)
+    values, vectors = pairs.values, pairs.vectors
+    for given_as, error, text in (
+        ((values, vectors[:, :2]), ValueError, "expected values"),
+        ((values, vectors.float()), TypeError, "float32"),
+        ((values + 1, vectors), ValueError, "residual"),
+        ((values, torch.linalg.qr(torch.randn(200, 3, dtype=torch.float64)).Q), ValueError, "residual"),
+        ((values[[0, 0]], vectors[:, [0, 0]]), ValueError, "orthonormal"),
+        (3, TypeError, "Eigenpairs"),
+    ):
+        with pytest.raises(error, match="deflate.*" + text):
+            spectral_density(OUTLIERS, seed=0, deflate=given_as)
+
+
+# -- runs that end early -----------------------------------------------------------------------------------
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
+    pairs = eigsh(OUTLIERS, k=2, seed=0)
+    for case, options in enumerate(({}, {"reorthogonalize": 5}, {"deflate": (pairs.values, pairs.vectors)})):
+        options = {"probes": 4, "steps": 12, "seed": 3} | options
+        op = Failing(OUTLIERS)
+        whole, blocks = spectral_density(op, **options), op.blocks
+        for after in range(0, blocks, 3):
+            path = tmp_path / f"{case}-{after}.npz"
+            kept = {"checkpoint": path, "checkpoint_seconds": 0}
+            with pytest.raises(KilledError):
+                spectral_density(Failing(OUTLIERS, after), **options, **kept)
+            again = Failing(OUTLIERS)
+            d = spectral_density(again, **options, **kept)
+            assert torch.equal(d.nodes, whole.nodes)
+            assert torch.equal(d.weights, whole.weights)
+            assert torch.equal(d.moments, whole.moments)
+            assert d.matvecs == whole.matvecs
+            assert again.blocks <= blocks - after + 2
+        for other in ({"seed": 4}, {"steps": 13}, {"reorthogonalize": False}):
+            with pytest.raises(ValueError, match="checkpoint"):
+                spectral_density(OUTLIERS, **(options | other), **kept)
+
+
+def test_ctrl_c_returns_the_steps_made(tmp_path):
+    path, options = tmp_path / "state.npz", {"probes": 4, "steps": 12, "seed": 3}
+    d = spectral_density(Failing(OUTLIERS, 6, interrupt=True), checkpoint=path, **options)
+    assert not d.converged
+    assert d.notes == ("interrupted after 7 of 12 steps",)
+    assert d.nodes.shape == (4, 7)
+    assert torch.equal(d.nodes, spectral_density(OUTLIERS, **(options | {"steps": 7})).nodes)
+    whole = spectral_density(Failing(OUTLIERS), checkpoint=path, **options)
+    assert whole.converged
+    assert torch.equal(whole.nodes, spectral_density(Failing(OUTLIERS), **options).nodes)
+
+
+def test_the_budget_ends_a_run():
+    d = spectral_density(OUTLIERS, probes=4, steps=12, seed=3, max_matvecs=31)
+    assert d.matvecs == 28
+    assert not d.converged
+    with pytest.raises(ValueError, match="max_matvecs"):
+        spectral_density(OUTLIERS, probes=4, max_matvecs=3)
+
+
+def test_a_few_kept_vectors_are_worth_most_of_a_whole_basis():
+    values = torch.cat([torch.logspace(1, 2, 8), torch.linspace(-1, 1, 592)]).double()
+    matrix = symmetric(values).float()
+
+    def distance(keep):
+        d = spectral_density(matrix, probes=4, steps=60, seed=0, reorthogonalize=keep)
+        grid = torch.linspace(-2, 101, 20000, dtype=torch.float64)
+        truth = (values <= grid[:, None]).double().mean(1)
+        return float((d.cumulative(grid).values - truth).abs().sum())
+
+    none, few, all_of_them = distance(0), distance(15), distance(True)
+    assert all_of_them < few < none
+    assert few < 0.5 * (none + all_of_them)
