@@ -1,14 +1,15 @@
-"""Small batched kernels over torch tensors: log-determinants, Gram matrices and their statistics.
+"""Small batched kernels over torch tensors: log-determinants, Gram matrices and their statistics, attention.
 
 Every operator is an ordinary differentiable function (`grad`, `jvp`, `vmap`, second order, `torch.compile`),
 and has two implementations with the same results: a pure-PyTorch reference and a compiled one (SIMD on the
-CPU, CUDA where it was built). `FLATKERN_KERNELS=auto|compiled|reference`, read at import, chooses; `active()`
+CPU, CUDA where it was built). `attention` has the former only. `FLATKERN_KERNELS=auto|compiled|reference`, read at import, chooses; `active()`
 says what was chosen and why. `flatkern.native` offers the same over NumPy arrays.
 """
 
+from ._attention import attention
 from ._gram import gram
 from ._gram_stats import GramStats, gram_stats
 from ._select import KernelInfo, active
 from ._spd_logdet import spd_logdet
 
-__all__ = ["GramStats", "KernelInfo", "active", "gram", "gram_stats", "spd_logdet"]
+__all__ = ["GramStats", "KernelInfo", "active", "attention", "gram", "gram_stats", "spd_logdet"]

@@ -1,0 +1,89 @@
+"""Sends a model's attention to the form by query blocks, which has all the derivatives the operators need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from flatkern import kernels
+
+__all__ = ["AttentionByBlocks"]
+
+LEAST_WEIGHTS = 512 * 512
+"""Queries times keys from which a product with blocks is faster than one with stored weights (on a CPU)."""
+LEAST_CAUSAL_WEIGHTS = 256 * 256
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_torch_attention: Callable[..., Tensor] = F.scaled_dot_product_attention
+
+
+class AttentionByBlocks(TorchFunctionMode):
+    """Within it ``F.scaled_dot_product_attention`` is computed by query blocks where that is faster.
+
+    What the blocks do not take (dropout, other devices than the CPU, few queries and keys, tensor subclasses, what
+    torch refuses) stays with torch, as whatever ``sdpa_kernel`` says.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return _REPLACED.get(func, func)(*args, **(kwargs or {}))
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if dropout_p == 0.0 and _by_blocks(query, key, value, attn_mask, is_causal):
+        return kernels.attention(
+            query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    return _torch_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def _by_blocks(query: Any, key: Any, value: Any, mask: Any, causal: bool) -> bool:
+    tensors = [query, key, value] if mask is None else [query, key, value, mask]
+    if any(type(t) not in (Tensor, nn.Parameter) or t.device.type != "cpu" or t.dim() < 2 for t in tensors):
+        return False
+    if mask is not None and (causal or mask.dtype not in (torch.bool, query.dtype)):
+        return False
+    if query.dtype not in _DTYPES or not query.dtype == key.dtype == value.dtype:
+        return False
+    weights = query.shape[-2] * key.shape[-2]
+    return weights >= (LEAST_CAUSAL_WEIGHTS if causal else LEAST_WEIGHTS)
+
+
+def _multi_head() -> Callable[..., Any]:
+    """``F.multi_head_attention_forward``, looking up attention here.
+
+    A function mode is off while it handles this function, and so would not see the attention inside; torch's own
+    code is run with that one name exchanged.
+    """
+    original: Any = F.multi_head_attention_forward
+    if not isinstance(original, FunctionType):
+        return original
+    names = {**original.__globals__, "scaled_dot_product_attention": _attention}
+    copy = FunctionType(original.__code__, names, original.__name__, original.__defaults__, original.__closure__)
+    copy.__kwdefaults__ = original.__kwdefaults__
+    return copy
+
+
+_REPLACED: dict[Any, Callable[..., Any]] = {
+    _torch_attention: _attention,
+    F.multi_head_attention_forward: _multi_head(),
+}
