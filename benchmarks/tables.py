@@ -181,12 +181,41 @@ def slq(result: dict[str, Any]) -> str:
     )
 
 
+def attention(result: dict[str, Any]) -> str:
+    """Attention by query blocks against the decomposed form."""
+    rows = [
+        [
+            str(r["length"]),
+            str(r["batch"]),
+            "yes" if r["causal"] else "no",
+            f"{r['blocks_ms']:.1f}",
+            f"{r['decomposed_ms']:.1f}",
+            f"**{r['ratio']:.2f}** (wall {r['wall_ratio']:.2f})",
+            f"{r['blocks_graph_mib']:.1f} / {r['decomposed_graph_mib']:.0f}",
+            f"{r['blocks_peak_mib']:.0f} / {r['decomposed_peak_mib']:.0f}",
+            r["operators_take"],
+            f"{r['relative_difference']:.0e}",
+        ]
+        for r in result["rows"]
+    ]
+    header = ["T", "batch", "causal", "blocks ms", "decomposed ms", "ratio", "graph MiB", "peak MiB", "operators take",
+              "difference"]  # fmt: skip
+    return (
+        "## Attention\n\n"
+        "A Hessian-vector product of ‖attention‖²/2 in q, k and v through a kept graph: `flatkern.kernels.attention`\n"
+        "(by query blocks) against `F.scaled_dot_product_attention` under `sdpa_kernel(SDPBackend.MATH)`. Memory: blocks /\n"
+        "decomposed. *operators take* is the form that flatkern's operators choose at that size.\n\n"
+        f"`python -m benchmarks.bench_attention`\n\n{_table(header, rows)}\n{_settings(result)}"
+    )
+
+
 SECTIONS = {
     "operators": operators,
     "lanczos": lanczos,
     "slq": slq,
     "measurement": measurement,
     "kernels": kernels,
+    "attention": attention,
 }
 
 

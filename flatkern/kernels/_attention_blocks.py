@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 LOG2E = math.log2(math.e)
-BLOCK_BYTES = 1 << 20
-"""Of one block buffer on a CPU: a few of them fit into the near caches."""
-DEVICE_BLOCK_BYTES = 1 << 26
-LEAST_ROWS = 16
-CAUSAL_ROWS = 64
+ROWS, CAUSAL_ROWS, FEWEST_ROWS = 256, 128, 16
+"""Queries in a block, if memory allows; causal blocks are smaller so as to leave more keys out."""
+BATCH_BYTES, MOST_BYTES = 1 << 20, 1 << 22
+"""Of a block buffer on a CPU: up to the first, batch entries go together; the second is the limit."""
+DEVICE_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -210,12 +210,11 @@ class _Blocks:
         self.additive = mask is not None and mask.dtype != torch.bool
         # base 2 is faster; but a float mask may hold the dtype's least number, which must not overflow
         self.factor = form.scale if self.additive else form.scale * LOG2E
-        most = (BLOCK_BYTES if q.device.type == "cpu" else DEVICE_BLOCK_BYTES) // q.element_size()
-        rows = max(LEAST_ROWS, most // max(1, self.keys) // LEAST_ROWS * LEAST_ROWS)
-        if form.causal:
-            rows = min(rows, CAUSAL_ROWS)
-        self.rows = max(1, min(self.queries_, rows))
-        self.entries = max(1, min(self.batch, most // max(1, self.rows * self.keys)))
+        size = q.element_size() * max(1, self.keys)
+        together, most = (BATCH_BYTES, MOST_BYTES) if q.device.type == "cpu" else (DEVICE_BYTES, DEVICE_BYTES)
+        rows = min(CAUSAL_ROWS, max(CAUSAL_ROWS // 2, self.queries_ // 8)) if form.causal else ROWS
+        self.rows = max(1, min(self.queries_, rows, max(FEWEST_ROWS, most // size)))
+        self.entries = max(1, min(self.batch, together // (size * self.rows)))
         self._buffers = [q.new_empty(self.entries * self.rows * self.keys) for _ in range(buffers)]
 
     def chunks(self) -> Iterator[slice]:

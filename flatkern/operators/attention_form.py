@@ -15,7 +15,7 @@ from flatkern import kernels
 
 __all__ = ["AttentionByBlocks"]
 
-LEAST_WEIGHTS = 512 * 512
+LEAST_WEIGHTS = 320 * 320
 """Queries times keys from which a product with blocks is faster than one with stored weights (on a CPU)."""
 LEAST_CAUSAL_WEIGHTS = 256 * 256
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
