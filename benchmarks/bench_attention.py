@@ -24,7 +24,9 @@ from flatkern.operators.attention_form import LEAST_CAUSAL_WEIGHTS, LEAST_WEIGHT
 from flatkern.operators.graph_memory import graph_bytes
 
 HEADS, WIDTH = 4, 64
-SHAPES = [(length, batch, causal) for length in (256, 1024, 2048) for batch in (1, 4) for causal in (False, True)]
+SHAPES = [
+    (length, batch, causal) for length in (256, 1024, 2048) for batch in (1, 4) for causal in (False, True)
+]
 
 
 def decomposed(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
@@ -38,7 +40,10 @@ def blocks(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
     return attention(q, k, v, is_causal=is_causal)
 
 
-SIDES: dict[str, Callable[[Tensor, Tensor, Tensor, bool], Tensor]] = {"blocks": blocks, "decomposed": decomposed}
+SIDES: dict[str, Callable[[Tensor, Tensor, Tensor, bool], Tensor]] = {
+    "blocks": blocks,
+    "decomposed": decomposed,
+}
 
 
 def inputs(length: int, batch: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -81,7 +86,14 @@ def peak(side: str, length: int, batch: int, causal: bool) -> float:
 
 def peak_elsewhere(side: str, *shape: int) -> float:
     """The same in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.bench_attention", "--peak", side, *(str(int(s)) for s in shape)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.bench_attention",
+        "--peak",
+        side,
+        *(str(int(s)) for s in shape),
+    ]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
@@ -110,7 +122,9 @@ def main() -> None:
         ours, theirs = (torch.cat([t.flatten() for t in made[side][0]()]) for side in SIDES)
         error = float((ours - theirs).norm() / theirs.norm())
         if not error < 1e-5:
-            raise SystemExit(f"T = {length}, batch {batch}, causal {causal}: the two sides differ by {error:.1e}")
+            raise SystemExit(
+                f"T = {length}, batch {batch}, causal {causal}: the two sides differ by {error:.1e}"
+            )
         calls = {256: 40, 1024: 12, 2048: 7}[length] if batch == 1 else {256: 20, 1024: 5, 2048: 3}[length]
         times = alternate({side: made[side][0] for side in SIDES}, dict.fromkeys(SIDES, calls))
         graphs = {side: made[side][1] for side in SIDES}

@@ -203,8 +203,8 @@ def attention(result: dict[str, Any]) -> str:
     return (
         "## Attention\n\n"
         "A Hessian-vector product of ‖attention‖²/2 in q, k and v through a kept graph: `flatkern.kernels.attention`\n"
-        "(by query blocks) against `F.scaled_dot_product_attention` under `sdpa_kernel(SDPBackend.MATH)`. Memory: blocks /\n"
-        "decomposed. *operators take* is the form that flatkern's operators choose at that size.\n\n"
+        "(by query blocks) against `F.scaled_dot_product_attention` under `sdpa_kernel(SDPBackend.MATH)`. Memory:\n"
+        "blocks / decomposed. *operators take* is the form that flatkern's operators choose at that size.\n\n"
         f"`python -m benchmarks.bench_attention`\n\n{_table(header, rows)}\n{_settings(result)}"
     )
 

@@ -2,8 +2,9 @@
 
 Every operator is an ordinary differentiable function (`grad`, `jvp`, `vmap`, second order, `torch.compile`),
 and has two implementations with the same results: a pure-PyTorch reference and a compiled one (SIMD on the
-CPU, CUDA where it was built). `attention` has the former only. `FLATKERN_KERNELS=auto|compiled|reference`, read at import, chooses; `active()`
-says what was chosen and why. `flatkern.native` offers the same over NumPy arrays.
+CPU, CUDA where it was built); `attention` has the former only, and no third derivatives.
+`FLATKERN_KERNELS=auto|compiled|reference`, read at import, chooses; `active()` says what was chosen and why.
+`flatkern.native` offers the small matrices' kernels over NumPy arrays.
 """
 
 from ._attention import attention

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._attention_autograd import attention as blocked
-from ._attention_blocks import Form
+from ._attention_layout import Form
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -43,15 +43,15 @@ def attention(
         [..., Lq, e] in the query's dtype. A query with no key at all gives zero, as torch's decomposed form does.
 
     Cost, in products of T² d multiply-adds a head (half where causal): value 2, gradient 5, tangent 5, and 12 for
-    the double backward that a Hessian-vector product needs. Memory: a few copies of the inputs, and blocks of about 1 MiB
-    (64 MiB on a GPU).
+    the double backward that a Hessian-vector product needs. Memory: a few copies of the inputs, and up to four blocks
+    of 1 to 4 MiB (64 MiB on a GPU).
 
     Raises:
         TypeError: another dtype, or dtypes that differ.
         ValueError: shapes that do not fit; a mask together with ``is_causal``.
         NotImplementedError: (when differentiating) third derivatives, and forward mode over forward mode.
 
-    Source: for the row statistics, Dao et al., "FlashAttention" (2022), section 3.1; second derivatives: docs/kernels.md.
+    Source: row statistics: Dao et al., "FlashAttention" (2022), section 3.1; second derivatives: docs/kernels.md.
 
     Example:
         >>> import torch
@@ -94,9 +94,7 @@ def _canonical(
     if not (entries and queries and keys and width and query.shape[-1]):
         # nothing to sum: zeros, or scores that are all equal
         return torch.softmax(query @ key.mT + (0.0 if mask is None else _as_scores(mask, query)), -1) @ value
-    flat = [
-        t.expand(*batch, *t.shape[-2:]).reshape(entries, *t.shape[-2:]) for t in (query, key, value)
-    ]
+    flat = [t.expand(*batch, *t.shape[-2:]).reshape(entries, *t.shape[-2:]) for t in (query, key, value)]
     rows: tuple[int, ...] = ()
     if mask is not None:
         mask = mask[(None,) * max(0, 2 - mask.dim())]
@@ -119,7 +117,7 @@ def _shared(t: Tensor, query: Tensor) -> Tensor:
     heads, wanted = t.shape[-3], query.shape[-3]
     if heads == 0 or wanted % heads:
         raise ValueError(
-            f"attention: enable_gqa needs a number of query heads that is a multiple of those of key and value, got {wanted} and {heads}"
+            f"attention: enable_gqa needs a multiple of the heads of key and value in query, got {wanted} and {heads}"
         )
     return t.unsqueeze(-3).expand(*t.shape[:-3], heads, wanted // heads, *t.shape[-2:]).flatten(-4, -3)
 
@@ -148,7 +146,11 @@ def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causa
     if mask.dtype != torch.bool and mask.dtype not in _DTYPES:
         raise TypeError(f"attention: attn_mask must be boolean or floating point, got {mask.dtype}")
     queries, keys = query.shape[-2], key.shape[-2]
-    if mask.dim() == 0 or mask.shape[-1] not in (1, keys) or (mask.dim() > 1 and mask.shape[-2] not in (1, queries)):
+    if (
+        mask.dim() == 0
+        or mask.shape[-1] not in (1, keys)
+        or (mask.dim() > 1 and mask.shape[-2] not in (1, queries))
+    ):
         raise ValueError(
             f"attention: attn_mask {tuple(mask.shape)} does not broadcast to [..., {queries}, {keys}]"
         )

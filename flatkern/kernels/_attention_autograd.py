@@ -12,28 +12,23 @@ account for them, and no derivative flows through them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _attention_blocks as blocks
-from ._attention_blocks import Form, Saved
+from ._attention_batching import MASK, batched, call
+from ._attention_layout import Form, Saved
 from ._registration import in_graph, quick
 
-MASK = 3  # its place among the tensors
 THRICE = (
     "attention: its second derivatives cannot be differentiated again; run the model under "
     "torch.nn.attention.sdpa_kernel(SDPBackend.MATH) for third derivatives and for forward mode over forward mode"
 )
 Needs = tuple[bool, bool, bool, bool]
-
-
-def _saved(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, stats: Tensor, out: Tensor) -> Saved:
-    return Saved(q, k, v, mask, stats, out)
 
 
 def _operands(ctx: Any, tangents: Sequence[Any]) -> tuple[list[Any], list[Any], bool]:
@@ -43,9 +38,7 @@ def _operands(ctx: Any, tangents: Sequence[Any]) -> tuple[list[Any], list[Any], 
     over forward would be silently zero. It has to be switched on again, as ``_registration.forward_rule`` does.
     """
     saved, given = list(ctx.saved_tensors), list(tangents)
-    tracked = [
-        t is not None and torch._C._functorch.is_gradtrackingtensor(t) for t in (*saved, *given)
-    ]
+    tracked = [t is not None and torch._C._functorch.is_gradtrackingtensor(t) for t in (*saved, *given)]
     if not any(tracked):
         return saved, given, False
     with forward_ad._set_fwd_grad_enabled(True):
@@ -64,46 +57,10 @@ def _keep(ctx: Any, form: Form, inputs: Sequence[Any], *tensors: Tensor | None) 
     ctx.save_for_forward(*tensors)
 
 
-def _batched(
-    apply: Callable[..., Any], size: int, in_dims: Sequence[int | None], tensors: Sequence[Tensor | None],
-    form: Form, rest: Sequence[Any], masks: Sequence[int], *, mask_gradient: bool,
-) -> tuple[Any, Any]:  # fmt: skip
-    """The call on tensors [size · B, ...]: the new axis is one more batch axis.
-
-    ``masks``: where masks and their tangents are. A mask is repeated only where that cannot be avoided.
-    """
-    apart = mask_gradient or any(tensors[i] is not None and in_dims[i] is not None for i in masks)
-    apart = apart or any(tensors[i] is not None for i in masks[1:])
-
-    def flat(t: Tensor | None, dim: int | None, index: int) -> Tensor | None:
-        if t is None or (index in masks and not apart):
-            return t
-        t = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
-        return t.reshape(-1, *t.shape[2:])
-
-    folded = [flat(t, d, i) for i, (t, d) in enumerate(zip(tensors, in_dims, strict=False))]
-    mask = tensors[MASK]
-    if mask is not None:
-        count = mask.shape[0] if in_dims[MASK] is None else mask.movedim(in_dims[MASK] or 0, 0).shape[1]
-        step = count if apart else 0
-        form = replace(form, mask_rows=tuple(r + i * step for i in range(size) for r in form.mask_rows))
-    result = apply(*folded, form, *rest)
-    if isinstance(result, Tensor):
-        return result.unflatten(0, (size, -1)) if result.numel() else _unflatten(result, size), 0
-    outputs = tuple(None if t is None else _unflatten(t, size) for t in result)
-    return outputs, tuple(None if t is None else 0 for t in outputs)
-
-
-def _unflatten(t: Tensor, size: int) -> Tensor:
-    return t.reshape(size, t.shape[0] // size, *t.shape[1:])
-
-
 @quick
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, form: Form
-    ) -> tuple[Tensor, Tensor]:
+    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, form: Form) -> tuple[Tensor, Tensor]:
         return blocks.forward(q, k, v, mask, form)
 
     @staticmethod
@@ -132,9 +89,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
         *tensors, form = inputs
-        return _batched(
-            _attention, info.batch_size, in_dims, tensors, form, (), (MASK,), mask_gradient=False
-        )
+        return batched(_attention, info.batch_size, in_dims, tensors, form, (), (MASK,), mask_gradient=False)
 
 
 @quick
@@ -144,7 +99,7 @@ class _Gradient(torch.autograd.Function):
         q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, stats: Tensor, out: Tensor, g: Tensor,
         form: Form, needs: Needs,
     ) -> Any:  # fmt: skip
-        return blocks.gradient(_saved(q, k, v, mask, stats, out), g, form, needs)
+        return blocks.gradient(Saved(q, k, v, mask, stats, out), g, form, needs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Any) -> None:
@@ -175,7 +130,7 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
         *tensors, form, needs = inputs
-        return _batched(
+        return batched(
             _gradient, info.batch_size, in_dims, tensors, form, (needs,), (MASK,), mask_gradient=needs[3]
         )
 
@@ -187,7 +142,7 @@ class _Tangent(torch.autograd.Function):
         q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, stats: Tensor, out: Tensor,
         dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, dmask: Tensor | None, form: Form,
     ) -> Tensor:  # fmt: skip
-        return blocks.tangent(_saved(q, k, v, mask, stats, out), dq, dk, dv, dmask, form)
+        return blocks.tangent(Saved(q, k, v, mask, stats, out), dq, dk, dv, dmask, form)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Any) -> None:
@@ -216,9 +171,7 @@ class _Tangent(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
         *tensors, form = inputs
-        return _batched(
-            _tangent, info.batch_size, in_dims, tensors, form, (), (MASK, 9), mask_gradient=False
-        )
+        return batched(_tangent, info.batch_size, in_dims, tensors, form, (), (MASK, 9), mask_gradient=False)
 
 
 @quick
@@ -229,7 +182,7 @@ class _Second(torch.autograd.Function):
         dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, dmask: Tensor | None, dg: Tensor | None,
         form: Form, needs: Needs,
     ) -> Any:  # fmt: skip
-        saved = _saved(q, k, v, mask, stats, out)
+        saved = Saved(q, k, v, mask, stats, out)
         return blocks.second(saved, g, dq, dk, dv, dmask, dg, form, needs)
 
     @staticmethod
@@ -247,7 +200,7 @@ class _Second(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
         *tensors, form, needs = inputs
-        return _batched(
+        return batched(
             _second, info.batch_size, in_dims, tensors, form, (needs,), (MASK, 10), mask_gradient=needs[3]
         )
 
@@ -273,50 +226,22 @@ def _runs(node: Any) -> bool:
 
 @in_graph
 def _attention(*inputs: Any) -> tuple[Tensor, Tensor]:
-    return _call(_Attention, inputs)
+    return call(_Attention, inputs)
 
 
 @in_graph
 def _gradient(*inputs: Any) -> Any:
-    return _call(_Gradient, inputs)
+    return call(_Gradient, inputs)
 
 
 @in_graph
 def _tangent(*inputs: Any) -> Tensor:
-    return _call(_Tangent, inputs)
+    return call(_Tangent, inputs)
 
 
 @in_graph
 def _second(*inputs: Any) -> Any:
-    return _call(_Second, inputs)
-
-
-def _call(function: Any, inputs: Sequence[Any]) -> Any:
-    """``function.apply``, also for what ``autograd.grad(is_grads_batched=True)`` hands to a backward pass.
-
-    That is torch's older vmap, which knows nothing of a function's ``vmap``: its rule is called from here.
-    """
-    legacy = [isinstance(t, Tensor) and torch._C._functorch.is_legacy_batchedtensor(t) for t in inputs]
-    if not any(legacy):
-        return function.apply(*inputs)
-    level = torch._C._vmapmode_increment_nesting() - 1
-    torch._C._vmapmode_decrement_nesting()
-    plain = [
-        torch._remove_batch_dim(t, level, 1, 0) if flag else t for t, flag in zip(inputs, legacy, strict=True)
-    ]
-    if any(isinstance(t, Tensor) and torch._C._functorch.is_legacy_batchedtensor(t) for t in plain):
-        raise NotImplementedError("attention: is_grads_batched inside is_grads_batched")
-    size = next(len(t) for t, flag in zip(plain, legacy, strict=True) if flag)
-    outputs, _ = function.vmap(_Info(size), [0 if flag else None for flag in legacy], *plain)
-    if isinstance(outputs, Tensor):
-        return torch._add_batch_dim(outputs, 0, level)
-    return tuple(None if t is None else torch._add_batch_dim(t, 0, level) for t in outputs)
-
-
-class _Info(NamedTuple):
-    """What a batching rule is told."""
-
-    batch_size: int
+    return call(_Second, inputs)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, form: Form) -> Tensor:

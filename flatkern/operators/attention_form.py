@@ -1,4 +1,8 @@
-"""Sends a model's attention to the form by query blocks, which has all the derivatives the operators need."""
+"""Attention as the operators want it: by query blocks where that is faster, else as torch does it.
+
+The blocks do not take dropout, other devices than the CPU, short sequences, tensor subclasses, and what torch refuses;
+torch then does what ``sdpa_kernel`` says.
+"""
 
 from __future__ import annotations
 
@@ -9,34 +13,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from flatkern import kernels
 
-__all__ = ["AttentionByBlocks"]
+__all__ = ["ATTENTION_FORMS"]
 
 LEAST_WEIGHTS = 320 * 320
 """Queries times keys from which a product with blocks is faster than one with stored weights (on a CPU)."""
 LEAST_CAUSAL_WEIGHTS = 256 * 256
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _torch_attention: Callable[..., Tensor] = F.scaled_dot_product_attention
-
-
-class AttentionByBlocks(TorchFunctionMode):
-    """Within it ``F.scaled_dot_product_attention`` is computed by query blocks where that is faster.
-
-    What the blocks do not take (dropout, other devices than the CPU, few queries and keys, tensor subclasses, what
-    torch refuses) stays with torch, as whatever ``sdpa_kernel`` says.
-    """
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        return _REPLACED.get(func, func)(*args, **(kwargs or {}))
 
 
 def _attention(
@@ -53,7 +39,9 @@ def _attention(
         return kernels.attention(
             query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    return _torch_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    return _torch_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
 
 
 def _by_blocks(query: Any, key: Any, value: Any, mask: Any, causal: bool) -> bool:
@@ -78,12 +66,14 @@ def _multi_head() -> Callable[..., Any]:
     if not isinstance(original, FunctionType):
         return original
     names = {**original.__globals__, "scaled_dot_product_attention": _attention}
-    copy = FunctionType(original.__code__, names, original.__name__, original.__defaults__, original.__closure__)
+    copy = FunctionType(
+        original.__code__, names, original.__name__, original.__defaults__, original.__closure__
+    )
     copy.__kwdefaults__ = original.__kwdefaults__
     return copy
 
 
-_REPLACED: dict[Any, Callable[..., Any]] = {
+ATTENTION_FORMS: dict[Any, Callable[..., Any]] = {
     _torch_attention: _attention,
     F.multi_head_attention_forward: _multi_head(),
 }

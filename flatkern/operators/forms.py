@@ -16,11 +16,12 @@ __all__ = ["Autocast", "twice_differentiable"]
 
 @contextmanager
 def twice_differentiable(model: nn.Module, *, tangents: bool = False) -> Iterator[None]:
-    """Gradients on, attention decomposed, no cuDNN recurrences, and :class:`Substitutes` in force.
+    """Gradients on, attention by query blocks or decomposed, no cuDNN recurrences, :class:`Substitutes` in force.
 
     The fused forms of ``F.scaled_dot_product_attention`` have no double backward; the decomposed one
-    (``SDPBackend.MATH``) has. Neither have cuDNN's recurrent layers. Which form runs is decided in the
-    forward pass, so this surrounds the building of a graph and not its later use.
+    (``SDPBackend.MATH``) has, and so has :func:`flatkern.kernels.attention`, which takes longer sequences.
+    Neither have cuDNN's recurrent layers. Which form runs is decided in the forward pass, so this surrounds the
+    building of a graph and not its later use.
 
     Args:
         model: what will run.

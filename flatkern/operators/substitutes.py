@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from flatkern.operators.attention_form import ATTENTION_FORMS
+
 __all__ = ["Substitutes"]
 
 
@@ -113,4 +115,5 @@ _FORMS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.hardsigmoid: _hardsigmoid,
     F.embedding: _embedding,
     F.embedding_bag: _embedding_bag,
+    **ATTENTION_FORMS,
 }

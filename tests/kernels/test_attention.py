@@ -1,4 +1,4 @@
-"""Attention by query blocks is torch's decomposed form in every derivative, stores no T × T, and never gives silent zeros."""
+"""Attention by query blocks is torch's decomposed form in every derivative, stores no T × T, gives no silent zeros."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flatkern.kernels import _attention_blocks, attention
+from flatkern.kernels import _attention_layout, attention
 from flatkern.operators.graph_memory import graph_bytes
 
 DOUBLE = torch.float64
@@ -22,9 +22,9 @@ DOUBLE = torch.float64
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
     """Several blocks and chunks at these sizes."""
-    monkeypatch.setattr(_attention_blocks, "ROWS", 3)
-    monkeypatch.setattr(_attention_blocks, "CAUSAL_ROWS", 2)
-    monkeypatch.setattr(_attention_blocks, "BATCH_BYTES", 320)
+    monkeypatch.setattr(_attention_layout, "ROWS", 3)
+    monkeypatch.setattr(_attention_layout, "CAUSAL_ROWS", 2)
+    monkeypatch.setattr(_attention_layout, "BATCH_BYTES", 320)
 
 
 def decomposed(q, k, v, attn_mask=None, **options):
@@ -61,9 +61,15 @@ def plain():
 CASES = {
     "plain": lambda: (plain(), {}),
     "causal": lambda: (plain(), {"is_causal": True}),
-    "causal, more queries": lambda: ((random(2, 7, 4), random(2, 3, 4), random(2, 3, 4)), {"is_causal": True}),
+    "causal, more queries": lambda: (
+        (random(2, 7, 4), random(2, 3, 4), random(2, 3, 4)),
+        {"is_causal": True},
+    ),
     "boolean": lambda: (plain(), {"attn_mask": boolean_mask()}),
-    "padding": lambda: (plain(), {"attn_mask": torch.tensor([[True] * 6, [True] * 2 + [False] * 4])[:, None, None]}),
+    "padding": lambda: (
+        plain(),
+        {"attn_mask": torch.tensor([[True] * 6, [True] * 2 + [False] * 4])[:, None, None]},
+    ),
     "one mask": lambda: (plain(), {"attn_mask": torch.rand(5, 6) > 0.5, "scale": 0.9}),
     "float": lambda: ((*plain(), float_mask()), {}),
     "float row": lambda: ((*plain(), random(2, 1, 1, 6)), {"scale": -0.3}),
@@ -143,7 +149,10 @@ def test_it_is_the_decomposed_form(name, transform):
     assert any(t.abs().max() > 1e-3 for t in got)
 
 
-@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"attn_mask": torch.tensor([[True] * 3, [False, True, True]])}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"is_causal": True}, {"attn_mask": torch.tensor([[True, True, True], [False, True, True]])}],
+)
 def test_whole_hessians(options):
     q, k, v = random(1, 2, 2), random(1, 3, 2), random(1, 3, 2)
     ours, theirs = (lambda q, form=form: scalar(form, options)(q, k, v) for form in (attention, decomposed))
@@ -212,7 +221,7 @@ def thrice(f, q, u):
 )  # fmt: skip
 def test_what_it_lacks_raises(run):
     (q, k, v), _ = CASES["plain"]()
-    with pytest.raises(NotImplementedError, match="SDPBackend.MATH"):
+    with pytest.raises(NotImplementedError, match=r"SDPBackend\.MATH"):
         run(lambda t: attention(t, k, v).sin().sum(), q, random(*q.shape))
 
 
@@ -241,7 +250,9 @@ def test_a_mask_of_the_least_number_does_not_overflow():
     torch.testing.assert_close(attention(q, k, v, mask), decomposed(q, k, v, mask))
     torch.testing.assert_close(attention(q, k, v, mask)[:, 0], v.mean(1))
     vectors = [torch.randn_like(t) for t in (q, k, v)]
-    ours, theirs = (twice(scalar(form, {"attn_mask": mask}), (q, k, v), vectors) for form in (attention, decomposed))
+    ours, theirs = (
+        twice(scalar(form, {"attn_mask": mask}), (q, k, v), vectors) for form in (attention, decomposed)
+    )
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
@@ -315,6 +326,15 @@ def test_no_reference_cycle():
 def test_bad_input_says_what_is_wrong(arguments, options, error, message):
     with pytest.raises(error, match=message):
         attention(*arguments, **options)
+
+
+def test_compiled_into_a_graph():
+    (q, k, v), _ = CASES["plain"]()
+    q.requires_grad_()
+    compiled = torch.compile(lambda t: attention(t, k, v).sin().sum(), fullgraph=True, backend="aot_eager")
+    (ours,) = torch.autograd.grad(compiled(q), q)
+    (theirs,) = torch.autograd.grad(decomposed(q, k, v).sin().sum(), q)
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_nan_stays_where_it_is():
