@@ -40,7 +40,7 @@ def batched(
         form = replace(form, mask_rows=tuple(r + i * step for i in range(size) for r in form.mask_rows))
     result = apply(*folded, form, *rest)
     if isinstance(result, Tensor):
-        return result.unflatten(0, (size, -1)) if result.numel() else _unflatten(result, size), 0
+        return _unflatten(result, size), 0
     outputs = tuple(None if t is None else _unflatten(t, size) for t in result)
     return outputs, tuple(None if t is None else 0 for t in outputs)
 
