@@ -175,8 +175,8 @@ def slq(result: dict[str, Any]) -> str:
         "## Spectral density\n\n"
         "Stochastic Lanczos quadrature of a Hessian, 8 probes of 40 steps, the making of the operator included.\n"
         "*Ratio*: time of hessian-eigenthings over that of the row. *Wasserstein*: distance from the reference's\n"
-        "distribution; *L1*: that of densities broadened by 2 % of the spectrum's width. *whole basis* and *no\n"
-        "basis*: what is kept for re-orthogonalization.\n\n"
+        "distribution; *L1*: that of densities broadened by 2 % of the spectrum's width. *whole basis*: kept for\n"
+        "re-orthogonalization, as hessian-eigenthings does.\n\n"
         f"`python -m benchmarks.bench_slq`\n\n{_table(header, rows)}\n{_settings(result)}"
     )
 

@@ -24,7 +24,7 @@ from flatkern.estimators.common import (
 )
 from flatkern.estimators.function_trace import FunctionTrace, Integrand, Values
 from flatkern.estimators.quadrature import DerivativeSigns
-from flatkern.estimators.slq import kept_vectors
+from flatkern.estimators.slq import BASIS_BYTES, kept_vectors
 from flatkern.estimators.stochastic_quadrature import PILOT, Plan, QuadratureSampler
 from flatkern.operators.base import LinearOperator
 
@@ -33,6 +33,8 @@ __all__ = ["trace_function"]
 EXACT_SIZE = 24 * PILOT
 """P up to which ``method="auto"`` forms the matrix: P products, no more than 24 steps of a pilot."""
 DEFAULT_RTOL = 0.01
+FEWEST_KEPT = 16
+"""Vectors below which keeping the first ones is not worth their products."""
 
 Method = Literal["auto", "slq", "exact"]
 
@@ -94,7 +96,8 @@ def trace_function(
         method: ``"slq"``; ``"exact"`` (the matrix from P products, its eigenvalues); ``"auto"``: exact for P up
             to 384 where neither ``probes`` nor ``steps`` is given.
         reorthogonalize: how many of its first Lanczos vectors each probe keeps and orthogonalizes against;
-            ``True``: all, ``False``: none. Default: as many as fit into 256 MiB. Near singularity it saves steps.
+            ``True``: all, ``False``: none. Default: as many as fit into 256 MiB, none where that is fewer than
+            16. Near singularity it saves steps.
         seed: integer seed; or ``generator``: a ``torch.Generator`` to draw from. The global one is never used.
         generator: see ``seed``.
         progress: show a bar.
@@ -199,13 +202,15 @@ def integrate_trace(
         return _exact(op, operator, integrand, start)
     block = min(max(4, rows_per_block(operator)), probes or PILOT)
     row_bytes = block * size * torch.finfo(operator.dtype).bits // 8
+    fitting = BASIS_BYTES // row_bytes
+    fitting = fitting if fitting >= FEWEST_KEPT else 0
     plan = Plan(
         probes,
         steps,
         DEFAULT_RTOL if not asked else rtol or 0.0,
         atol or 0.0,
         max_matvecs,
-        kept_vectors(reorthogonalize, size, row_bytes, limit=1 << 28),
+        kept_vectors(fitting if reorthogonalize is None else reorthogonalize, size, fitting),
     )
     recognised = None if checkpoint is None else _points(f)
     settings = {"f": recognised, "signs": signs, "floor": floor, "ceiling": ceiling, "rtol": plan.rtol}

@@ -26,8 +26,8 @@ from flatkern.estimators.spectrum import SpectralDensity, merge_close
 
 __all__ = ["spectral_density"]
 
-BASIS_BYTES = 1 << 26
-"""What is kept for re-orthogonalization unless more or less is asked for: 64 MiB."""
+BASIS_BYTES = 1 << 28
+"""Largest basis that is kept for re-orthogonalization unless it is asked for: 256 MiB."""
 
 
 def spectral_density(
@@ -58,10 +58,10 @@ def spectral_density(
         op: a symmetric flatkern operator, matrix, or any object with ``shape``, ``dtype`` and ``@``.
         probes: number k of independent probes; 2 or more for error bars. They run in lockstep as one block.
         steps: Lanczos steps m (at most P are made).
-        reorthogonalize: how many of its first Lanczos vectors each probe keeps and orthogonalizes against, one
-            vector of memory each; ``True``: all, ``False``: none. Default: as many as fit into 64 MiB. The
-            broadened density does not need it; without, converged eigenvalues are found again instead of new
-            ones, so the same accuracy takes more steps.
+        reorthogonalize: ``True``: each probe keeps all its Lanczos vectors, one vector of memory each, and
+            orthogonalizes against them; ``False``: none; an integer: so many of the first ones, enough where a
+            few outliers converge early. Default: all where they fit into 256 MiB, else none. The broadened
+            density does not need it; without, converged eigenvalues are found again instead of new ones.
         deflate: converged eigenpairs to count exactly: an :class:`Eigenpairs` (those of its pairs that have
             converged), or values [j] and vectors [P, j]. They are checked with j products.
         max_matvecs: all products together, at least one step; fewer steps are made where it is not enough, and
@@ -111,7 +111,7 @@ def spectral_density(
         check_count(max_matvecs, "max_matvecs", least=known + probes)
         steps = min(steps, (max_matvecs - known) // probes)
     finfo = torch.finfo(operator.dtype)
-    keep = kept_vectors(reorthogonalize, steps, probes * size * finfo.bits // 8)
+    keep = kept_vectors(reorthogonalize, steps, BASIS_BYTES // (probes * size * finfo.bits // 8))
     settings = {
         "probes": probes,
         "steps": steps,
@@ -175,12 +175,10 @@ def spectral_density(
     )
 
 
-def kept_vectors(
-    reorthogonalize: bool | int | None, steps: int, row_bytes: int, limit: int = BASIS_BYTES
-) -> int:
-    """How many vectors each run keeps, given the bytes of one for all runs."""
+def kept_vectors(reorthogonalize: bool | int | None, steps: int, fitting: int) -> int:
+    """How many vectors each run keeps; by default all ``steps`` of them where so many are ``fitting``."""
     if reorthogonalize is None:
-        return min(steps, limit // row_bytes)
+        return steps if steps <= fitting else 0
     if isinstance(reorthogonalize, bool):
         return steps if reorthogonalize else 0
     return min(steps, check_count(reorthogonalize, "reorthogonalize", least=0))
