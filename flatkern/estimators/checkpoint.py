@@ -102,6 +102,11 @@ class Checkpoint:
             self.close()
             raise
 
+    @property
+    def writes(self) -> bool:
+        """Whether there is a file; asked before a state is put together that nobody would keep."""
+        return self._path is not None
+
     def due(self) -> bool:
         """Whether it is time to write; looks at the clock only."""
         return self._path is not None and time.monotonic() - self._written >= self._seconds

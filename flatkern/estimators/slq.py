@@ -148,7 +148,7 @@ def spectral_density(
             while run.steps < steps and not stop.requested:
                 run.step()
                 bar.update(probes)
-                if file.due() or run.steps == steps or stop.requested:
+                if file.due() or (file.writes and (run.steps == steps or stop.requested)):
                     file.save(**run.state())
         rule = run.tridiagonals().gauss()
     notes = []

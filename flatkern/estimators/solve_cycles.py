@@ -198,6 +198,8 @@ class Solver:
 
     # -- going on in another process ---------------------------------------------------------------
     def _save(self) -> None:
+        if not self._file.writes:
+            return
         cycle = self._cycle
         numbers = [self.matvecs, self.iterations, self._switched, self._minres, self._finished, self._spent]
         state = {

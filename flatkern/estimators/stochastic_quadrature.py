@@ -113,8 +113,12 @@ class QuadratureSampler:
                     affordable = PILOT + (plan.max_matvecs - PILOT * self._steps) // self._steps
                     self._round(min(self.wanted, affordable), stop)
         if not self.interrupted:
-            self._file.save(**self._state())
+            self._save()
         return Values.joined(self._parts)
+
+    def _save(self) -> None:
+        if self._file.writes:
+            self._file.save(**self._state())
 
     def _round(self, count: int, stop: Interruptible) -> None:
         """Groups of probes until there are ``count``."""
@@ -141,10 +145,10 @@ class QuadratureSampler:
                 self.matvecs += run.count
                 self._bar.update(run.count)
                 if self._file.due():
-                    self._file.save(**self._state())
+                    self._save()
             self.interrupted = run.steps < goal
             if self.interrupted:
-                self._file.save(**self._state())
+                self._save()
                 if self._parts:
                     return None
             values = self._values(run)
