@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from flatkern.student import student_quantile
+
 __all__ = ["Estimate", "PerSample"]
 
 
@@ -39,9 +41,31 @@ class Estimate:
     per_layer: Mapping[str, float] | None = field(default=None, repr=False)
     """The value split by layer, where it is a sum over layers and the split was asked for."""
     notes: tuple[str, ...] = ()
+    dof: int | None = None
+    """Degrees of freedom of ``stderr``, where it was itself estimated from so many independent values less one."""
 
     def __float__(self) -> float:
         return self.value
+
+    def interval(self, level: float = 0.90) -> tuple[float, float]:
+        """The interval value ± t · stderr that covers the estimator's target ``level`` of the time.
+
+        t is Student's quantile with ``dof`` degrees of freedom (the normal one where there is no ``dof``); for an
+        exact value both ends are the value. It is about ``stderr`` alone: what other data would give is not in it.
+
+        Raises:
+            ValueError: ``level`` is not between 0 and 1.
+
+        Example:
+            >>> from flatkern import Estimate
+            >>> low, high = Estimate(value=10.0, stderr=1.0, dof=15).interval(0.90)
+            >>> round(low, 3), round(high, 3)
+            (8.247, 11.753)
+        """
+        if not 0 < level < 1:
+            raise ValueError(f"level: expected a number between 0 and 1, got {level!r}")
+        reach = student_quantile((1 + level) / 2, self.dof) * self.stderr if self.stderr else 0.0
+        return self.value - reach, self.value + reach
 
 
 @dataclass(frozen=True)
