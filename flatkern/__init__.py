@@ -8,8 +8,10 @@ from importlib.metadata import PackageNotFoundError, version
 from flatkern import kernels
 from flatkern.bounds import Bounds, Inequality, bounds
 from flatkern.estimators import (
+    Diagonal,
     Eigenpairs,
     SpectralDensity,
+    diagonal,
     eigsh,
     spectral_density,
     trace,
@@ -27,6 +29,7 @@ except PackageNotFoundError:  # run from a source tree that was never installed
 
 __all__ = [
     "Bounds",
+    "Diagonal",
     "Eigenpairs",
     "Estimate",
     "Geometry",
@@ -37,6 +40,7 @@ __all__ = [
     "SpectralDensity",
     "__version__",
     "bounds",
+    "diagonal",
     "eigsh",
     "fisher",
     "geometry",

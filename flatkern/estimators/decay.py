@@ -26,6 +26,7 @@ class Decay:
     Attributes:
         seen: m.
         trace: mean of the pilot's own quadratic forms, and ``trace_stderr``.
+        squared_diagonal: Σ_k A_kk².
         sign_variance: variance of vᵀAv with random signs v, and its ``relative_error``.
         symmetric: whether ω_i·Aω_j = ω_j·Aω_i to rounding.
         one_sided: ‖(I − QQᵀ)A‖_F² for Q a basis of r images, r = 0 … m − 1.
@@ -36,6 +37,7 @@ class Decay:
     seen: int
     trace: float
     trace_stderr: float
+    squared_diagonal: float
     sign_variance: float
     relative_error: float
     symmetric: bool
@@ -49,12 +51,16 @@ class Decay:
         squared = _at(self.one_sided, rank)
         return (2 * share if self.symmetric else 1 + share) * squared
 
+    def one_sided_at(self, rank: int) -> float:
+        """``one_sided``, extrapolated beyond the pilot."""
+        return _at(self.one_sided, rank)
+
     def nystrom_variance(self, rank: int) -> float:
         """Variance of one form of A minus its Nyström approximation from ``rank`` vectors."""
         return math.inf if self.nystrom is None else 2 * _at(self.nystrom, rank)
 
 
-def observe(sketch: Sketch, size: int, eps: float) -> Decay:
+def observe(sketch: Sketch, size: int, eps: float, *, what: str = "trace") -> Decay:
     """Read a sketch (one host synchronization).
 
     Vectors that were not used for a basis are fresh ones for it: with Q from r of the images,
@@ -66,8 +72,8 @@ def observe(sketch: Sketch, size: int, eps: float) -> Decay:
         t.cpu()
         for t in (sketch.images_gram, sketch.forms, sketch.vectors_gram, sketch.squared_diagonal)
     )
-    require_finite(forms, "trace")
-    require_finite(gram, "trace")
+    require_finite(forms, what)
+    require_finite(gram, what)
     m = len(gram)
     values = size * forms.diagonal() / vectors.diagonal()
     squares = gram.diagonal()
@@ -86,6 +92,7 @@ def observe(sketch: Sketch, size: int, eps: float) -> Decay:
         seen=m,
         trace=float(values.mean()),
         trace_stderr=float(values.std()) / m**0.5,
+        squared_diagonal=max(0.0, float(diagonal)),
         sign_variance=max(0.0, float(2 * (half - diagonal))),
         relative_error=float(squares.std() / squares.mean().clamp_min(1e-300)) / m**0.5,
         symmetric=symmetric,
@@ -139,7 +146,11 @@ def _nystrom(
 
 
 def _at(curve: Tensor, rank: int) -> float:
-    """A curve over ranks 0 … m − 1, continued by the power law of its second half."""
+    """A curve over ranks 0 … m − 1, continued from its second half.
+
+    Halfway, on a logarithmic scale, between the power law and the exponential through both ends of that half:
+    the one takes a spectrum that bends down for slower than it is, the other a heavy tail for faster.
+    """
     last = len(curve) - 1
     if rank <= last:
         return float(curve[rank])
@@ -147,5 +158,7 @@ def _at(curve: Tensor, rank: int) -> float:
     end, before = float(curve[last]), float(curve[middle])
     if end <= 0 or before <= end:
         return end
-    power = math.log(before / end) / math.log(last / middle)
-    return end * (rank / last) ** -power
+    drop = math.log(before / end)
+    power = drop / math.log(last / middle) * math.log(rank / last)
+    exponential = drop / (last - middle) * (rank - last)
+    return end * math.exp(-(power + exponential) / 2)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from flatkern.estimators.probes import Probes
 from flatkern.estimators.sampling_run import Run
 from flatkern.estimators.small import inner
 
@@ -18,7 +19,7 @@ def largest_sketch(op_rows: int, itemsize: int, max_memory: int) -> int:
 
 
 class Sketch:
-    """Gaussian rows Ω [m, P] and their images (A Ωᵀ)ᵀ, with the small inner products among them.
+    """Random rows Ω [m, P] and their images (A Ωᵀ)ᵀ, with the small inner products among them.
 
     It grows; all inner products are float64 on the operator's device and nothing is read here.
 
@@ -29,8 +30,8 @@ class Sketch:
         squared_diagonal: an unbiased value of Σ_k A_kk², 0-d.
     """
 
-    def __init__(self, run: Run, probes: Probes) -> None:
-        self._run, self._probes = run, probes
+    def __init__(self, run: Run, draw: Callable[[int], Tensor]) -> None:
+        self._run, self._draw = run, draw
         self._vectors: list[Tensor] = []
         self._images: list[Tensor] = []
         empty = torch.zeros(0, 0, dtype=torch.float64, device=run.op.device)
@@ -51,7 +52,7 @@ class Sketch:
         vectors = torch.empty(count, run.op.shape[1], dtype=run.op.dtype, device=run.op.device)
         images = run.array(stage, vectors.shape, run.op.dtype)
         for block in run.blocks(stage, count):
-            vectors[block.span] = self._probes.normals(len(block))
+            vectors[block.span] = self._draw(len(block))
             done = block.stop
             if not block.known:
                 images[block.span] = (run.op @ vectors[block.span].mT).mT

@@ -26,14 +26,14 @@ from flatkern.estimators.probes import Probes
 from flatkern.estimators.sampling_run import Run
 from flatkern.estimators.sketch import Sketch, largest_sketch
 from flatkern.estimators.trace_methods import Outcome, carry_out, sketch_forms
-from flatkern.estimators.trace_plan import PILOT, UNREACHABLE, Goal, Plan, choose, doubt_of, samples_for
+from flatkern.estimators.trace_plan import PILOT, UNREACHABLE, Goal, Plan, choose, doubt_of, next_size, samples_for
 from flatkern.results import Estimate, standard_error
 
 __all__ = ["trace"]
 
 DEFAULT_RTOL = 0.05
-EXPLORE = 16
-"""A pilot grows while it is at most a sixteenth of what the plan costs."""
+EXPLORE = 12
+"""A pilot grows while it is at most a twelfth of what the plan costs."""
 
 Method = Literal["auto", "hutchinson", "hutch++", "xtrace", "xnystrace", "exact"]
 
@@ -238,10 +238,10 @@ class _Request:
             "xnystrace": (k, 0, k),
         }[self.method]
         cost = wanted if self.method != "hutch++" else 2 * rank + forms
-        return self._finish(run, probes, Plan(self.method, vectors, forms, cost), wanted, Sketch(run, probes))
+        return self._finish(run, probes, Plan(self.method, vectors, forms, cost), wanted, Sketch(run, probes.normals))
 
     def _hutchinson(self, run: Run, probes: Probes) -> tuple[Outcome | None, int, bool]:
-        """A pilot of probes that are not kept, grown to a sixteenth of the plan; then fresh ones."""
+        """A pilot of probes that are not kept, grown to a twelfth of the plan; then fresh ones."""
         if run.left <= 2 * PILOT:
             plan = Plan("hutchinson", 0, run.left, run.left)
             return self._finish(run, probes, plan, plan.cost, None, pilot=False)
@@ -275,7 +275,7 @@ class _Request:
         methods = [self.method] if self.method != "auto" else ["exact", "hutchinson", "hutch++", "xtrace"]
         if self.method == "auto" and self.semidefinite:
             methods.append("xnystrace")
-        sketch = Sketch(run, probes)
+        sketch = Sketch(run, probes.normals)
         target = min(PILOT, most)
         while True:
             sketch.grow(target)
@@ -293,8 +293,9 @@ class _Request:
     def _next_size(decay: Decay, plan: Plan, most: int) -> int:
         """How far the sketch should grow before the next look; no further: its present size."""
         m = decay.seen
-        if plan.vectors > 1.3 * m:  # its vectors are part of the plan
-            return min(2 * m, max(m + 1, int(0.8 * plan.vectors)))
-        if plan.vectors <= m and 2 * m <= min(most, plan.cost // EXPLORE):
-            return 2 * m
+        step = next_size(m)
+        if plan.vectors > step:  # its vectors are part of the plan
+            return step
+        if plan.vectors <= m and step <= min(most, plan.cost // EXPLORE):
+            return step
         return m

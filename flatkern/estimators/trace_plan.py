@@ -12,9 +12,11 @@ __all__ = ["PILOT", "Goal", "Plan", "choose", "samples_for"]
 
 PILOT = 16
 """Fewest samples of a pilot, and of an estimate to a tolerance."""
-CAUTION = 1.0
+CAUTION = 0.5
 """How many of its own standard errors are added to a predicted variance."""
 UNREACHABLE = 1 << 40
+GROWTH = 1.125
+"""By how much a pilot grows between two looks at it."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def samples_for(variance: float, tolerance: float, doubt: float) -> int:
     """How many independent values bring the standard error to ``tolerance``, at least 16.
 
     ``doubt`` is the relative error of variance/tolerance². The standard error found in the end scatters as
-    well, by 1/√(2n): the plan allows for one of each.
+    well, by 1/√(2n): the plan allows for half of each.
     """
     if variance <= 0 or math.isinf(tolerance):
         return PILOT
@@ -61,6 +63,11 @@ def doubt_of(trace: float, stderr: float, goal: Goal) -> float:
     """Relative error of the squared tolerance that comes from the pilot's trace."""
     relative = goal.rtol is not None and goal.tolerance(trace) > (goal.atol or 0.0)
     return min(1.0, 2 * stderr / abs(trace)) if relative and trace else 0.0
+
+
+def next_size(m: int) -> int:
+    """How many vectors a pilot of m has at the next look."""
+    return max(m + 2, int(GROWTH * m))
 
 
 def choose(
@@ -81,10 +88,12 @@ def choose(
         count = samples_for(decay.sign_variance, tolerance, math.hypot(doubt, decay.relative_error))
         plans.append(Plan("hutchinson", 0, count, count))
     if "xtrace" in methods:
-        vectors = _vectors(decay.form_variance, tolerance, doubt, m, most)
+        vectors = vectors_for(decay.form_variance, tolerance, doubt, m, most)
         plans.append(Plan("xtrace", vectors, 0, 2 * vectors - m))
     if "xnystrace" in methods and decay.nystrom is not None:
-        vectors = _vectors(decay.nystrom_variance, tolerance, doubt, m, most)
+        vectors = vectors_for(
+            decay.nystrom_variance, tolerance, doubt, m, most, shared=0.5, most_shared=2.0
+        )
         plans.append(Plan("xnystrace", vectors, 0, vectors - m))
     if "hutch++" in methods:
         for rank in _ranks(m, most):
@@ -104,19 +113,27 @@ def _ranks(m: int, most: int) -> list[int]:
     return ranks
 
 
-def _vectors(
-    variance: Callable[[int], float], tolerance: float, doubt: float, m: int, most: int
+def vectors_for(
+    variance: Callable[[int], float],
+    tolerance: float,
+    doubt: float,
+    m: int,
+    most: int,
+    *,
+    shared: float = 1.0,
+    most_shared: float = 1.0,
 ) -> int:
     """Fewest test vectors, at least as many as there are, whose leave-one-out mean is good enough.
 
     The values share a range, and are the more correlated the faster the spectrum decays: where the variance
-    falls like 1/rank or faster, the mean varies twice as much as that of independent values would.
+    falls like rank^(−β), the mean varies about 1 + shared · β times as much as that of independent values
+    would, up to 1 + most_shared.
     """
     vectors = m
     while vectors <= most:
         one, half = variance(vectors - 1), variance((vectors - 1) // 2)
         decay = math.log2(half / one) if half > one > 0 else 0.0
-        spread = one * (1 + min(1.0, decay)) * (1 + CAUTION * math.sqrt(2 / vectors + doubt**2))
+        spread = one * (1 + min(most_shared, shared * decay)) * (1 + CAUTION * math.sqrt(2 / vectors + doubt**2))
         if spread / vectors <= tolerance**2:
             return vectors
         vectors = max(vectors + 1, int(1.03 * vectors))

@@ -66,14 +66,7 @@ def xtrace_values(
     SIAM J. Matrix Anal. Appl. 45 (2024), for x_i.
     """
     m = len(coefficients)
-    left, sigma, right = torch.linalg.svd(coefficients)
-    kept = sigma > sigma[0] * eps * m
-    left = left * kept  # columns beyond the rank are zero; nothing is read, so shapes stay
-    inverse = torch.where(kept, 1 / torch.where(kept, sigma, 1.0), 0.0)
-    alone = (right.square() * kept[:, None]).sum(0) > 1 - 1e-6
-    directions = left @ (inverse[:, None] * right)
-    norms = torch.linalg.vector_norm(directions, dim=0)
-    s = torch.where(alone, directions / torch.where(norms > 0, norms, 1.0), 0.0)  # columns s_i
+    s, left, alone = downdates(coefficients, eps)
     projector = left @ left.mT
     h, w, t = projector @ compressed @ projector, projector @ overlaps, projector @ tested
     forms = _Forms(
@@ -84,13 +77,25 @@ def xtrace_values(
         between=s.mT @ h @ s,
         rest=(t * w).sum(0) - (w * (h @ w)).sum(0),
         outside=squared_norms - w.square().sum(0),
-        dimension=size - kept.sum(),
+        dimension=size - (left.square().sum(0) > 0.5).sum(),
         alone=alone,
     )
     one, two = forms.without_one(), forms.without_two(s.mT @ s)
     changes = one[:, None] - two
     products = changes * changes.mT
     return one, (products.sum() - products.diagonal().sum()) / (m * (m - 1))
+
+
+def downdates(coefficients: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The s_i as columns [m, m], the columns of U (zero beyond the rank), and which s_i exist [m]."""
+    left, sigma, right = torch.linalg.svd(coefficients)
+    kept = sigma > sigma[0] * eps * len(sigma)
+    left = left * kept  # nothing is read, so shapes stay
+    inverse = torch.where(kept, 1 / torch.where(kept, sigma, 1.0), 0.0)
+    alone = (right.square() * kept[:, None]).sum(0) > 1 - 1e-6
+    directions = left @ (inverse[:, None] * right)
+    norms = torch.linalg.vector_norm(directions, dim=0)
+    return torch.where(alone, directions / torch.where(norms > 0, norms, 1.0), 0.0), left, alone
 
 
 @dataclass(frozen=True)
