@@ -12,7 +12,7 @@ from flatkern.estimators.common import require_finite
 from flatkern.estimators.sketch import Sketch
 from flatkern.estimators.xnystrace import shifted_forms
 
-__all__ = ["Decay", "observe"]
+__all__ = ["Decay", "is_symmetric", "observe"]
 
 _ORDERS = 24
 _JITTER = 1e-14
@@ -69,8 +69,7 @@ def observe(sketch: Sketch, size: int, eps: float, *, what: str = "trace") -> De
     products; they are averaged over orders of the vectors.
     """
     gram, forms, vectors, diagonal = (
-        t.cpu()
-        for t in (sketch.images_gram, sketch.forms, sketch.vectors_gram, sketch.squared_diagonal)
+        t.cpu() for t in (sketch.images_gram, sketch.forms, sketch.vectors_gram, sketch.squared_diagonal)
     )
     require_finite(forms, what)
     require_finite(gram, what)
@@ -78,8 +77,7 @@ def observe(sketch: Sketch, size: int, eps: float, *, what: str = "trace") -> De
     values = size * forms.diagonal() / vectors.diagonal()
     squares = gram.diagonal()
     pairs = (forms * forms.mT).sum() - forms.diagonal().square().sum()
-    scale = (forms.square().sum() - forms.diagonal().square().sum()).clamp_min(1e-300)
-    symmetric = bool((forms - forms.mT).square().sum() <= max(_ASYMMETRY, 64 * eps) ** 2 * scale)
+    symmetric = is_symmetric(forms, eps)
     half = squares.mean() if symmetric else (squares.mean() + pairs / (m * (m - 1))) / 2
     generator = torch.Generator().manual_seed(0)
     count = max(2, min(_ORDERS, 2**24 // m**3))
@@ -100,6 +98,13 @@ def observe(sketch: Sketch, size: int, eps: float, *, what: str = "trace") -> De
         two_sided=_two_sided_share(forms[rows, columns], grams, factor),
         nystrom=nystrom,
     )
+
+
+def is_symmetric(forms: Tensor, eps: float) -> bool:
+    """Whether ω_i·Aω_j = ω_j·Aω_i for all pairs, as far as rounding allows."""
+    off = forms - forms.diagonal().diag()
+    allowed = max(_ASYMMETRY, 64 * eps)
+    return bool((forms - forms.mT).norm() <= allowed * off.norm() + 64 * eps * forms.norm())
 
 
 def _pivots(grams: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,7 +137,14 @@ def _two_sided_share(forms: Tensor, grams: Tensor, factor: Tensor) -> float:
 
 
 def _nystrom(
-    forms: Tensor, gram: Tensor, vectors: Tensor, size: int, eps: float, rows: Tensor, columns: Tensor, grams: Tensor
+    forms: Tensor,
+    gram: Tensor,
+    vectors: Tensor,
+    size: int,
+    eps: float,
+    rows: Tensor,
+    columns: Tensor,
+    grams: Tensor,
 ) -> Tensor | None:
     """Mean of ‖(A − A_r)ω‖² over vectors not among the r, [m]."""
     shifted, _ = shifted_forms(forms, gram, vectors, size, eps)

@@ -188,9 +188,8 @@ def _estimate(
         return _exact(run)
     if samples is not None and method != "xdiag":
         return _hutchinson(run, probes, min(samples, run.left), samples)
-    if samples is None and min(most, run.left) < PILOT < size:
-        if method == "auto" or method == "hutchinson":
-            return _hutchinson(run, probes, run.left, UNREACHABLE)
+    if method != "xdiag" and min(most, run.left) < PILOT < size:  # no room for a pilot
+        return _hutchinson(run, probes, run.left, UNREACHABLE)
     sketch = Sketch(run, probes.signs)
     target = samples or min(PILOT, most)
     kind, count, wanted = "xdiag", target, 2 * target
@@ -220,16 +219,14 @@ def _estimate(
     return _Found("xdiag", *found, samples=count, wanted=wanted)
 
 
-def _plan(
-    decay: Decay, method: Method, rtol: float, size: int, most: int, left: int
-) -> tuple[str, int, int]:
+def _plan(decay: Decay, method: Method, rtol: float, size: int, most: int, left: int) -> tuple[str, int, int]:
     """Method, vectors and products beyond those made: Σ_k Var of entry k is half the variance of the trace."""
     tolerance = rtol * math.sqrt(decay.squared_diagonal)
     m = decay.seen
     count = samples_for(decay.sign_variance / 2, tolerance, decay.relative_error)
     options = {"hutchinson": (count, count), "exact": (size, size)}
     if decay.symmetric:
-        vectors = vectors_for(decay.one_sided_at, tolerance, 0.0, m, most)
+        vectors = vectors_for(decay.one_sided_at, tolerance, 0.0, m, most, shared=0.0)
         options["xdiag"] = (vectors, 2 * vectors - m)
     allowed = options if method == "auto" else {method: options[method]}
     kind, (count, cost) = min(allowed.items(), key=lambda item: item[1][1])
@@ -272,5 +269,7 @@ def _from_sketch(sketch: Sketch) -> _Found | None:
     """What is there when a run is interrupted early."""
     if len(sketch) < 2:
         return None
-    entries = torch.cat([v.double() * y.double() for v, y in zip(sketch.vectors(), sketch.images(), strict=True)])
+    entries = torch.cat(
+        [v.double() * y.double() for v, y in zip(sketch.vectors(), sketch.images(), strict=True)]
+    )
     return _Found("hutchinson", entries.mean(0), entries.var(0) / len(entries), len(entries), 0)

@@ -25,8 +25,17 @@ from flatkern.estimators.interrupt import Interruptible
 from flatkern.estimators.probes import Probes
 from flatkern.estimators.sampling_run import Run
 from flatkern.estimators.sketch import Sketch, largest_sketch
-from flatkern.estimators.trace_methods import Outcome, carry_out, sketch_forms
-from flatkern.estimators.trace_plan import PILOT, UNREACHABLE, Goal, Plan, choose, doubt_of, next_size, samples_for
+from flatkern.estimators.trace_methods import Outcome, carry_out, refuse_indefinite, sketch_forms
+from flatkern.estimators.trace_plan import (
+    PILOT,
+    UNREACHABLE,
+    Goal,
+    Plan,
+    choose,
+    doubt_of,
+    next_size,
+    samples_for,
+)
 from flatkern.results import Estimate, standard_error
 
 __all__ = ["trace"]
@@ -131,7 +140,9 @@ def trace(
                 "method": method, "max_memory": max_memory}  # fmt: skip
     with (
         Interruptible() as stop,
-        Checkpoint(checkpoint, what="trace", op=operator, settings=settings, seconds=checkpoint_seconds) as file,
+        Checkpoint(
+            checkpoint, what="trace", op=operator, settings=settings, seconds=checkpoint_seconds
+        ) as file,
         progress_bar(samples or max_matvecs, enabled=progress, what="trace") as bar,
     ):
         run = Run(operator, bar, file, stop, max_matvecs)
@@ -193,7 +204,9 @@ class _Request:
         least = self.samples or min(PILOT, size)
         most = min(size, self.most(size, dtype))
         if self.samples is not None and self.samples > size and self.method != "hutch++":
-            raise ValueError(f"samples: {self.method} takes at most P = {size} test vectors, not {self.samples}")
+            raise ValueError(
+                f"samples: {self.method} takes at most P = {size} test vectors, not {self.samples}"
+            )
         if min(least, size) > most:
             raise ValueError(
                 f"max_memory: {self.method} with {least} vectors of {size} numbers takes "
@@ -201,7 +214,9 @@ class _Request:
             )
         needed = {"hutch++": 2 * min(least, size) + 2, "xtrace": 2 * least, "xnystrace": least}[self.method]
         if needed > self.max_matvecs:
-            raise ValueError(f"max_matvecs: {self.method} with {least} vectors takes at least {needed} products")
+            raise ValueError(
+                f"max_matvecs: {self.method} with {least} vectors takes at least {needed} products"
+            )
 
     def most(self, size: int, dtype: torch.dtype) -> int:
         return largest_sketch(size, dtype.itemsize, self.max_memory)
@@ -209,7 +224,9 @@ class _Request:
     def perform(self, run: Run, probes: Probes) -> tuple[Outcome | None, int, bool]:
         size = run.op.shape[0]
         outright = 2 * PILOT if self.samples is None else self.samples
-        if self.method == "exact" or (self.method == "auto" and size <= min(outright, run.left)):
+        # a sketch of 16 and its 16 further products are never fewer than P = 32
+        either = self.method == "auto" or (self.samples is None and self.method != "hutchinson")
+        if self.method == "exact" or (either and size <= min(outright, run.left)):
             return self._finish(run, probes, Plan("exact", 0, 0, size), size, None)
         if self.samples is not None:
             return self._fixed(run, probes, self.samples)
@@ -238,7 +255,9 @@ class _Request:
             "xnystrace": (k, 0, k),
         }[self.method]
         cost = wanted if self.method != "hutch++" else 2 * rank + forms
-        return self._finish(run, probes, Plan(self.method, vectors, forms, cost), wanted, Sketch(run, probes.normals))
+        return self._finish(
+            run, probes, Plan(self.method, vectors, forms, cost), wanted, Sketch(run, probes.normals)
+        )
 
     def _hutchinson(self, run: Run, probes: Probes) -> tuple[Outcome | None, int, bool]:
         """A pilot of probes that are not kept, grown to a twelfth of the plan; then fresh ones."""
@@ -265,8 +284,10 @@ class _Request:
         if len(values) < 2:
             return Plan("hutchinson", 0, PILOT, PILOT)
         mean, stderr = float(values.mean()), standard_error(values) or 0.0
-        doubt = math.hypot(math.sqrt(2 / len(values)), doubt_of(mean, stderr, self.goal))
-        count = samples_for(float(values.var()), self.goal.tolerance(mean), doubt)
+        variance, fourth = float(values.var()), float((values - mean).pow(4).mean())
+        spread = max(2.0, fourth / variance**2 - 1) if variance > 0 else 0.0
+        doubt = math.hypot(math.sqrt(spread / len(values)), doubt_of(mean, stderr, self.goal))
+        count = samples_for(variance, self.goal.tolerance(mean), doubt)
         return Plan("hutchinson", 0, count, count)
 
     def _planned(self, run: Run, probes: Probes, most: int) -> tuple[Outcome | None, int, bool]:
@@ -282,6 +303,13 @@ class _Request:
             if run.interrupted:
                 return sketch_forms(sketch), run.matvecs, True
             decay = observe(sketch, size, eps)
+            if self.method == "xnystrace":
+                if not decay.symmetric:
+                    raise NotSymmetricError(
+                        "op: it is not symmetric, which xnystrace needs; use method='xtrace'"
+                    )
+                if decay.nystrom is None:
+                    refuse_indefinite(sketch)
             plan, cost = choose(decay, self.goal, methods, size, most=most, left=run.left)
             target = self._next_size(decay, plan, most)
             if target <= len(sketch):

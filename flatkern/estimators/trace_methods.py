@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from flatkern.estimators.common import require_finite
+from flatkern.estimators.common import NotSymmetricError, require_finite
+from flatkern.estimators.decay import is_symmetric
 from flatkern.estimators.hutchinson import exact_trace, quadratic_forms
 from flatkern.estimators.probes import Probes
 from flatkern.estimators.sampling_run import Run
@@ -17,7 +19,7 @@ from flatkern.estimators.trace_plan import Plan
 from flatkern.estimators.xnystrace import smallest_ritz_value, xnystrace_values
 from flatkern.estimators.xtrace import xtrace_products, xtrace_values
 
-__all__ = ["Outcome", "carry_out", "sketch_forms"]
+__all__ = ["Outcome", "carry_out", "refuse_indefinite", "sketch_forms"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,11 @@ def carry_out(run: Run, probes: Probes, plan: Plan, sketch: Sketch | None) -> Ou
     """
     if plan.method == "exact":
         total = exact_trace(run)
-        return None if run.interrupted else Outcome("exact", require_finite(total.cpu(), "trace")[None], exact=True)
+        return (
+            None
+            if run.interrupted
+            else Outcome("exact", require_finite(total.cpu(), "trace")[None], exact=True)
+        )
     if plan.method == "hutchinson":
         return _outcome(plan.method, quadratic_forms(run, probes, plan.forms))
     assert sketch is not None
@@ -61,8 +67,15 @@ def carry_out(run: Run, probes: Probes, plan: Plan, sketch: Sketch | None) -> Ou
         coefficients, overlaps, compressed, tested = xtrace_products(run, sketch)
         if run.interrupted:
             return None
-        parts = [torch.nan_to_num(t) for t in (coefficients, overlaps, compressed, tested)]
-        values, covariance = xtrace_values(*parts, sketch.vectors_gram.diagonal(), size=size, eps=eps)
+        values, covariance = xtrace_values(
+            torch.nan_to_num(coefficients),
+            overlaps,
+            compressed,
+            tested,
+            sketch.vectors_gram.diagonal(),
+            size,
+            eps,
+        )
         finite = finite & torch.isfinite(compressed).all() & torch.isfinite(tested).all()
         return _outcome(plan.method, torch.where(finite, values, torch.nan), covariance)
     basis, offset = _captured(run, sketch)
@@ -86,15 +99,22 @@ def _outcome(method: str, values: Tensor, covariance: Tensor | None = None) -> O
 
 
 def _nystrom(sketch: Sketch, size: int, eps: float) -> Outcome | None:
-    values, covariance, flag = xnystrace_values(sketch, size, eps)
     require_finite(sketch.forms.cpu(), "trace")
-    if int(flag):
-        lowest = smallest_ritz_value(sketch.forms, sketch.vectors_gram)
-        raise ValueError(
-            "method: xnystrace needs a positive semi-definite operator, and the smallest Ritz value of this one "
-            f"is {lowest:.3g}; use method='xtrace' or 'auto' (or -op where op is negative semi-definite)"
-        )
+    values, covariance, flag = xnystrace_values(sketch, size, eps)
+    if int(flag) or not is_symmetric(sketch.forms, eps):
+        refuse_indefinite(sketch)
     return _outcome("xnystrace", values, covariance)
+
+
+def refuse_indefinite(sketch: Sketch) -> NoReturn:
+    """Say why XNysTrace cannot be used."""
+    if not is_symmetric(sketch.forms, torch.finfo(sketch.vectors()[0].dtype).eps):
+        raise NotSymmetricError("op: it is not symmetric, which xnystrace needs; use method='xtrace'")
+    lowest = smallest_ritz_value(sketch.forms, sketch.vectors_gram)
+    raise ValueError(
+        "method: xnystrace needs a symmetric positive semi-definite operator, and the smallest Ritz value of this one "
+        f"is {lowest:.3g}; use method='xtrace' or 'auto' (or -op where op is negative semi-definite)"
+    )
 
 
 def _captured(run: Run, sketch: Sketch) -> tuple[Tensor, Tensor]:
@@ -106,4 +126,3 @@ def _captured(run: Run, sketch: Sketch) -> tuple[Tensor, Tensor]:
             image = (run.op @ basis[block.span].mT).mT
             entries[block.span] = (basis[block.span].double() * image.double()).sum(1)
     return basis, entries.sum()
-

@@ -13,7 +13,7 @@ __all__ = ["PILOT", "Goal", "Plan", "choose", "samples_for"]
 PILOT = 16
 """Fewest samples of a pilot, and of an estimate to a tolerance."""
 CAUTION = 0.5
-"""How many of its own standard errors are added to a predicted variance."""
+"""How many of its own standard errors are added to the predicted variance of XTrace and XNysTrace."""
 UNREACHABLE = 1 << 40
 GROWTH = 1.125
 """By how much a pilot grows between two looks at it."""
@@ -47,7 +47,7 @@ def samples_for(variance: float, tolerance: float, doubt: float) -> int:
     """How many independent values bring the standard error to ``tolerance``, at least 16.
 
     ``doubt`` is the relative error of variance/tolerance². The standard error found in the end scatters as
-    well, by 1/√(2n): the plan allows for half of each.
+    well, by 1/√(2n): the plan allows for one standard error of both.
     """
     if variance <= 0 or math.isinf(tolerance):
         return PILOT
@@ -55,7 +55,7 @@ def samples_for(variance: float, tolerance: float, doubt: float) -> int:
         return UNREACHABLE
     plain = count
     for _ in range(20):
-        count = plain * (1 + CAUTION * math.sqrt(2 / max(count, PILOT) + doubt**2))
+        count = plain * (1 + math.sqrt(2 / max(count, PILOT) + doubt**2))
     return max(PILOT, math.ceil(count))
 
 
@@ -91,9 +91,7 @@ def choose(
         vectors = vectors_for(decay.form_variance, tolerance, doubt, m, most)
         plans.append(Plan("xtrace", vectors, 0, 2 * vectors - m))
     if "xnystrace" in methods and decay.nystrom is not None:
-        vectors = vectors_for(
-            decay.nystrom_variance, tolerance, doubt, m, most, shared=0.5, most_shared=2.0
-        )
+        vectors = vectors_for(decay.nystrom_variance, tolerance, doubt, m, most, shared=0.5, most_shared=2.0)
         plans.append(Plan("xnystrace", vectors, 0, vectors - m))
     if "hutch++" in methods:
         for rank in _ranks(m, most):
@@ -133,7 +131,9 @@ def vectors_for(
     while vectors <= most:
         one, half = variance(vectors - 1), variance((vectors - 1) // 2)
         decay = math.log2(half / one) if half > one > 0 else 0.0
-        spread = one * (1 + min(most_shared, shared * decay)) * (1 + CAUTION * math.sqrt(2 / vectors + doubt**2))
+        spread = (
+            one * (1 + min(most_shared, shared * decay)) * (1 + CAUTION * math.sqrt(2 / vectors + doubt**2))
+        )
         if spread / vectors <= tolerance**2:
             return vectors
         vectors = max(vectors + 1, int(1.03 * vectors))

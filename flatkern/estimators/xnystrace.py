@@ -12,7 +12,9 @@ __all__ = ["shifted_forms", "smallest_ritz_value", "xnystrace_values"]
 _CHUNK = 1 << 16
 
 
-def shifted_forms(forms: Tensor, images_gram: Tensor, vectors_gram: Tensor, size: int, eps: float) -> tuple[Tensor, Tensor]:
+def shifted_forms(
+    forms: Tensor, images_gram: Tensor, vectors_gram: Tensor, size: int, eps: float
+) -> tuple[Tensor, Tensor]:
     """Symmetric M + νN, and the shift ν: as large as the rounding of the products, never zero."""
     shift = 2 * eps * (images_gram.diagonal().sum() / size).sqrt() + 1e-30
     return (forms + forms.mT) / 2 + shift * vectors_gram, shift
