@@ -8,10 +8,12 @@ from importlib.metadata import PackageNotFoundError, version
 from flatkern import kernels, losses
 from flatkern.bounds import Bounds, Inequality, bounds
 from flatkern.estimators import (
+    Diagonal,
     Eigenpairs,
     FunctionTrace,
     Solution,
     SpectralDensity,
+    diagonal,
     eigsh,
     logdet,
     solve,
@@ -33,6 +35,7 @@ except PackageNotFoundError:  # run from a source tree that was never installed
 
 __all__ = [
     "Bounds",
+    "Diagonal",
     "Eigenpairs",
     "Estimate",
     "FunctionTrace",
@@ -46,6 +49,7 @@ __all__ = [
     "SpectralDensity",
     "__version__",
     "bounds",
+    "diagonal",
     "eigsh",
     "fisher",
     "geometry",

@@ -1,6 +1,7 @@
-"""Algorithms over any linear operator: traces, eigenpairs, spectral density, log-determinant, linear solves."""
+"""Algorithms over any linear operator: trace, diagonal, eigenpairs, density, log-determinant, linear solves."""
 
 from flatkern.estimators.common import NotDefiniteError, NotSymmetricError
+from flatkern.estimators.diagonal import Diagonal, diagonal
 from flatkern.estimators.eigenpairs import Eigenpairs, eigsh
 from flatkern.estimators.function_trace import FunctionTrace
 from flatkern.estimators.linear_solve import Solution, solve
@@ -11,6 +12,7 @@ from flatkern.estimators.spectrum import SpectralCurve, SpectralDensity
 from flatkern.estimators.stochastic_trace import trace
 
 __all__ = [
+    "Diagonal",
     "Eigenpairs",
     "FunctionTrace",
     "NotDefiniteError",
@@ -18,6 +20,7 @@ __all__ = [
     "Solution",
     "SpectralCurve",
     "SpectralDensity",
+    "diagonal",
     "eigsh",
     "logdet",
     "solve",

@@ -1,53 +1,31 @@
-"""The trace of a linear operator: a pilot plans the number of probes, fresh probes make the estimate."""
+"""The trace of a linear operator: a pilot fixes the plan, then the plan is carried out."""
 
 from __future__ import annotations
 
-import math
+import os
 import time
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
+from flatkern.estimators.checkpoint import Checkpoint, require_seed
 from flatkern.estimators.common import (
     check_count,
     check_positive,
     make_generator,
     progress_bar,
-    require_finite,
     square_operator,
 )
-from flatkern.estimators.probes import Hutchinson, HutchPlusPlus, TraceSampler, exact_trace
-from flatkern.operators.base import LinearOperator
-from flatkern.results import Estimate, standard_error
+from flatkern.estimators.interrupt import Interruptible
+from flatkern.estimators.probes import Probes
+from flatkern.estimators.sampling_run import Run
+from flatkern.estimators.trace_plan import UNREACHABLE, Goal
+from flatkern.estimators.trace_request import Method, Request
+from flatkern.results import Estimate
 
 __all__ = ["trace"]
 
-PILOT = 16
-"""Probes whose spread plans the number of those that make the estimate."""
-RESERVE = 1.5
-"""Planned probes over (sd/tolerance)²: the spread of 16 probes is itself known to some 18 % only."""
-SKETCH = 32
-"""Sketch size of Hutch++ where the number of samples is not given."""
 DEFAULT_RTOL = 0.05
-
-Method = Literal["auto", "hutchinson", "hutch++", "exact"]
-
-
-@dataclass(frozen=True)
-class _Goal:
-    rtol: float | None
-    atol: float | None
-
-    def tolerance(self, value: float) -> float:
-        """The standard error aimed at, given a value of the trace."""
-        return max((self.rtol or 0.0) * abs(value), self.atol or 0.0)
-
-    @property
-    def given(self) -> bool:
-        return self.rtol is not None or self.atol is not None
 
 
 def trace(
@@ -58,134 +36,129 @@ def trace(
     samples: int | None = None,
     max_matvecs: int = 2000,
     method: Method = "auto",
+    max_memory: int = 1 << 30,
     seed: int | None = None,
     generator: torch.Generator | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_seconds: float = 30.0,
     progress: bool = False,
 ) -> Estimate:
     """Tr A of a square operator, with the standard error of the estimate.
 
-    Hutchinson: mean of vᵀ A v over independent sign vectors v; unbiased, stderr = sd/√k. With a tolerance, a
-    pilot of 16 probes fixes k = 1.5 (sd/tolerance)², at least 16; the pilot is then discarded and k fresh
-    probes make the estimate. Neither the value nor its error bar therefore depends on when it looked good
-    enough: stopping on a running interval is overconfident. The interval value ± 2 stderr covers the truth
-        about 95 times in 100.
+    With a tolerance a pilot of at least 16 vectors fixes the plan: which method, with how many products. Then
+    the plan is carried out, and neither value nor error bar depends on when it looked good enough: stopping on
+    a running interval is overconfident. ``estimate.interval(0.90)`` is a Student interval.
 
     Args:
         op: a flatkern operator, matrix, or any object with ``shape``, ``dtype`` and ``@``; need not be
             symmetric.
         rtol: aim at stderr ≤ rtol · |trace|; 0.05 where neither ``atol`` nor ``samples`` is given.
         atol: aim at stderr ≤ atol; with both, the looser one counts.
-        samples: number of probes, at least 2; then there is no pilot.
-        max_matvecs: all products together, pilot and sketch included.
-        method: ``"hutchinson"``; ``"hutch++"`` (exact on a sketched range of size ``samples``, or 32 with a
-            tolerance, then Hutchinson on the rest: for spectra that decay); ``"exact"`` (P products);
-            ``"auto"`` (Hutchinson, or exact where that takes no more products).
+        samples: number k of probes or test vectors, at least 2; then there is no pilot, and ``"auto"`` is
+            Hutchinson's estimate, or exact where P ≤ k.
+        max_matvecs: all products together, pilot included.
+        method: ``"hutchinson"``: mean of vᵀAv over sign vectors, k products. ``"hutch++"``: exact on the range
+            of a sketch of k images, forms on the rest, 3 k products (with a tolerance both numbers are
+            planned). ``"xtrace"``: every test vector tested against the range that the others found, 2 k
+            products; exact with k ≥ rank + 1. ``"xnystrace"``: the same with Nyström approximations, for
+            positive semi-definite operators, k products. ``"exact"``: P products. ``"auto"``: the one for which
+            the pilot predicts the fewest products; XNysTrace only where ``op.semidefinite`` is true (the GGN of
+            a loss with a convex closed form, Fisher matrices).
+        max_memory: bytes for vectors that are kept: 4 k P numbers at the peak (XTrace, Hutch++; XNysTrace 2 k P).
+            The number of vectors of a plan is bounded by it; Hutchinson keeps none.
         seed: integer seed; or ``generator``: a ``torch.Generator`` to draw from. The global one is never
-            used.
+            used. Vectors do not depend on the block size of the products.
         generator: see ``seed``.
+        checkpoint: a file; the run's state is written there, and a run with the same arguments on the same
+            operator continues from it to bit-identical results.
+        checkpoint_seconds: least time between two writes.
         progress: show a bar.
 
     Returns:
-        An :class:`flatkern.results.Estimate`. ``samples`` holds the k single values, [k] float64.
-        ``converged`` is true when the run was not cut by ``max_matvecs`` and the final stderr met the
-        tolerance. Quadratic forms are summed in float64, products are in the operator's dtype.
+        An :class:`flatkern.results.Estimate`. ``samples`` holds the k single values, [k] float64, ``dof`` the
+        degrees of freedom of ``stderr``. ``converged`` is true when the run was cut neither by ``max_matvecs``
+        nor by Ctrl-C and the final stderr met the tolerance. Quadratic forms are summed in float64, products
+        are in the operator's dtype. Given the pilot, Hutchinson and Hutch++ are unbiased: they use fresh
+        probes. XTrace and XNysTrace keep the pilot's vectors among their own.
+
+    On Ctrl-C what is there is returned, with a note; a second Ctrl-C raises.
 
     Raises:
-        TypeError, ValueError: an argument that cannot be used, named.
+        TypeError, ValueError: an argument that cannot be used, named; an indefinite operator with
+            ``"xnystrace"``.
         FloatingPointError: products gave NaN or Inf.
+
+    Sources: Hutchinson, Communications in Statistics 18 (1989); Meyer, Musco, Musco, Woodruff, "Hutch++",
+    SOSA 2021; Epperly, Tropp, Webber, "XTrace", SIAM J. Matrix Anal. Appl. 45 (2024).
 
     Example:
         >>> import torch
         >>> from flatkern.estimators import trace
         >>> float(trace(torch.diag(torch.arange(1.0, 101.0)), samples=4, seed=0))  # diagonal: no variance
         5050.0
+        >>> low_rank = torch.ones(500, 3, dtype=torch.float64) @ torch.ones(3, 500, dtype=torch.float64)
+        >>> estimate = trace(low_rank, rtol=0.01, method="xtrace", seed=0)
+        >>> round(float(estimate), 6), estimate.matvecs
+        (1500.0, 32)
     """
     start = time.perf_counter()
     operator = square_operator(op)
     if method not in get_args(Method):
         raise ValueError(f"method: {method!r} is unknown; expected one of {', '.join(get_args(Method))}")
-    goal = _Goal(check_positive(rtol, "rtol"), check_positive(atol, "atol"))
+    goal = Goal(check_positive(rtol, "rtol"), check_positive(atol, "atol"))
     check_count(max_matvecs, "max_matvecs", least=2)
+    check_count(max_memory, "max_memory")
     if samples is not None:
         check_count(samples, "samples", least=2)
-    elif not goal.given:
-        goal = _Goal(DEFAULT_RTOL, None)
-    source = make_generator(seed, generator, operator.device)
-    size = operator.shape[0]
-    if method == "exact" and size > max_matvecs:
-        raise ValueError(f"max_matvecs: the exact trace takes {size} products, more than {max_matvecs}")
-    with progress_bar(samples or max_matvecs, enabled=progress, what="trace") as bar:
-        outright = samples if samples is not None else 2 * PILOT
-        if method == "exact" or (method == "auto" and size <= min(outright, max_matvecs)):
-            return _exact(op, operator, 0, start, bar)
-        sampler = _sampler(operator, method, samples, max_matvecs, source, bar)
-        left = max_matvecs - sampler.setup_matvecs
-        wanted, pilot = samples or left, 0
-        if samples is None and left > 2 * PILOT:
-            pilot = PILOT
-            wanted = _plan(sampler, goal, source, bar)
-            left -= pilot
-            if method == "auto" and size <= min(wanted, left):
-                return _exact(op, operator, pilot, start, bar)
-        bar.total = sampler.setup_matvecs + pilot + min(wanted, left)
-        values = sampler.offset + sampler.draw(min(wanted, left), source, bar)
-    values = require_finite(values.cpu(), "trace")
-    value, stderr = float(values.mean()), standard_error(values) or 0.0
-    met = not goal.given or stderr <= goal.tolerance(value)
+    elif goal == Goal(None, None):
+        goal = Goal(DEFAULT_RTOL, None)
+    require_seed(checkpoint, generator)
+    semidefinite = bool(getattr(op, "semidefinite", False))
+    request = Request(method, goal, samples, max_matvecs, max_memory, semidefinite)
+    request.check(operator.shape[0], operator.dtype)
+    make_generator(seed, generator, operator.device)  # bad ones are refused before anything is written
+    settings = {"seed": seed, "rtol": rtol, "atol": atol, "samples": samples, "max_matvecs": max_matvecs,
+                "method": method, "max_memory": max_memory}  # fmt: skip
+    with (
+        Interruptible() as stop,
+        Checkpoint(
+            checkpoint, what="trace", op=operator, settings=settings, seconds=checkpoint_seconds
+        ) as file,
+        progress_bar(samples or max_matvecs, enabled=progress, what="trace") as bar,
+    ):
+        run = Run(operator, bar, file, stop, max_matvecs)
+        source = make_generator(run.seed(seed) if checkpoint else seed, generator, operator.device)
+        outcome, wanted, tolerance_known = request.perform(run, Probes(operator, source))
+        run.save()
+        if outcome is None:
+            raise KeyboardInterrupt("interrupted before there were two values")
+        cut = run.interrupted
+    values = outcome.values
+    value, stderr = float(values.mean()), outcome.stderr
+    met = stderr <= goal.tolerance(value)
     return Estimate(
         value=value,
         stderr=stderr,
-        method="hutch++" if method == "hutch++" else "hutchinson",
+        method=outcome.method,
         num_data=getattr(op, "num_data", None),
-        matvecs=sampler.setup_matvecs + pilot + len(values),
+        matvecs=run.matvecs,
         seconds=time.perf_counter() - start,
-        converged=met and wanted <= left,
-        samples=values,
-        notes=_notes(wanted, left, met, planned=samples is not None or pilot > 0),
+        converged=met and not cut and wanted <= max_matvecs,
+        samples=None if outcome.exact else values,
+        dof=None if outcome.exact else len(values) - 1,
+        notes=_notes(cut, wanted, max_matvecs, met, planned=tolerance_known),
     )
 
 
-def _sampler(
-    op: LinearOperator, method: str, samples: int | None, max_matvecs: int, source: torch.Generator, bar: tqdm
-) -> TraceSampler:
-    if method != "hutch++":
-        return Hutchinson(op)
-    rank = min(samples or SKETCH, op.shape[0])
-    if max_matvecs < 2 * rank + 2:
-        raise ValueError(
-            f"max_matvecs: Hutch++ with a sketch of {rank} takes at least {2 * rank + 2} products"
-        )
-    return HutchPlusPlus(op, rank, source, bar)
-
-
-def _plan(sampler: TraceSampler, goal: _Goal, source: torch.Generator, bar: tqdm) -> int:
-    values: Tensor = require_finite((sampler.offset + sampler.draw(PILOT, source, bar)).cpu(), "trace")
-    spread, tolerance = float(values.std()), goal.tolerance(float(values.mean()))
-    if spread == 0.0:
-        return PILOT
-    # a trace of zero leaves a relative tolerance of zero: no number of probes is enough
-    return max(PILOT, math.ceil(RESERVE * (spread / tolerance) ** 2)) if tolerance > 0 else 1 << 62
-
-
-def _exact(op: Any, operator: LinearOperator, spent: int, start: float, bar: tqdm) -> Estimate:
-    value = float(require_finite(exact_trace(operator, bar).cpu(), "trace"))
-    return Estimate(
-        value=value,
-        method="exact",
-        num_data=getattr(op, "num_data", None),
-        matvecs=spent + operator.shape[0],
-        seconds=time.perf_counter() - start,
-    )
-
-
-def _notes(wanted: int, left: int, met: bool, *, planned: bool) -> tuple[str, ...]:
-    if not met and not planned:
-        return (f"max_matvecs left {left} probes, too few for a pilot and an estimate",)
-    if wanted > left:
-        plan = (
-            f"{wanted} probes were planned"
-            if wanted < 1 << 62
-            else "the trace is about zero beside its spread"
-        )
-        return (f"max_matvecs left {left} probes; {plan}",)
-    return () if met else ("the probes spread more than the pilot's did; run again with more samples",)
+def _notes(cut: bool, wanted: int, budget: int, met: bool, *, planned: bool) -> tuple[str, ...]:
+    if cut:
+        return ("interrupted: the values made until then",)
+    if wanted >= UNREACHABLE:
+        return (f"max_matvecs: {budget} products were made; the trace is about zero beside its spread",)
+    if wanted > budget:
+        return (f"max_matvecs: {wanted} products were planned, {budget} allowed",)
+    if met:
+        return ()
+    if not planned:
+        return (f"max_matvecs: {budget} products are too few for a pilot and an estimate",)
+    return ("the values spread more than the pilot had predicted; run again with more samples",)

@@ -33,12 +33,14 @@ class LinearOperator:
         dtype: dtype of the vectors it takes and gives; nothing is converted silently.
         device: where they live.
         symmetric: whether A = Aᵀ is known, so that ``A.T`` is ``A``.
+        semidefinite: whether A is known to be symmetric and positive semi-definite.
         layout: where each parameter lies in a vector, for operators in parameter space; else ``None``.
     """
 
     # NumPy must leave `array @ op` and `np.float64(2) * op` to the methods here instead of looping over
     # entries
     __array_ufunc__ = None
+    semidefinite: bool = False
 
     def __init__(
         self,

@@ -22,6 +22,8 @@ __all__ = ["FisherOperator", "fisher"]
 class FisherOperator(CurvatureOperator):
     """Σ_i J_iᵀ r_i r_iᵀ J_i / denominator [P, P]; made by :func:`fisher`."""
 
+    semidefinite = True
+
     def __init__(
         self,
         model: nn.Module,

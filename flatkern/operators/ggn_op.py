@@ -36,6 +36,11 @@ class GGNOperator(CurvatureOperator):
         known = "closed-form" if self._loss.product is not None else "autograd"
         return f"double backward through the output, {known} loss Hessian"
 
+    @property
+    def semidefinite(self) -> bool:  # type: ignore[override]
+        """Known where the loss's output Hessian has a real square root."""
+        return self._loss.root is not None
+
     def _linearize(self, output: Tensor, target: Tensor, index: int) -> CurvedOutput:
         self._numerator(output.detach(), target)  # its checks only
         return CurvedOutput(

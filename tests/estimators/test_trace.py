@@ -77,7 +77,7 @@ def test_auto_takes_the_exact_way_where_it_is_cheaper():
     assert trace(FLAT, rtol=1e-3, seed=0).method == "exact"
     assert trace(FLAT, rtol=0.2, seed=0).method == "hutchinson"
     assert trace(FLAT, samples=80, seed=0).method == "exact"
-    assert trace(FLAT, rtol=1e-3, max_matvecs=70, seed=0).method == "hutchinson"
+    assert trace(FLAT, rtol=1e-3, max_matvecs=70, seed=0).method != "exact"
 
 
 @pytest.mark.parametrize("method", ["hutchinson", "hutch++"])
@@ -134,10 +134,10 @@ def test_bad_arguments_are_named():
         (lambda: trace(FLAT, samples=2.0), TypeError, "samples"),
         (lambda: trace(FLAT, rtol=0.0), ValueError, "rtol"),
         (lambda: trace(FLAT, atol=float("nan")), ValueError, "atol"),
-        (lambda: trace(FLAT, method="xtrace"), ValueError, "method"),
+        (lambda: trace(FLAT, method="lanczos"), ValueError, "method"),
         (lambda: trace(FLAT, max_matvecs=1), ValueError, "max_matvecs"),
         (lambda: trace(FLAT, method="exact", max_matvecs=10), ValueError, "max_matvecs"),
-        (lambda: trace(FLAT, method="hutch++", max_matvecs=40), ValueError, "max_matvecs"),
+        (lambda: trace(FLAT, method="hutch++", max_matvecs=30), ValueError, "max_matvecs"),
         (lambda: trace(FLAT, seed=1, generator=torch.Generator()), ValueError, "seed"),
         (lambda: trace(FLAT, generator=3), TypeError, "generator"),
         (lambda: trace(FLAT, seed=-1), ValueError, "seed"),
