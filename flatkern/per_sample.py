@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +12,18 @@ from torch.func import vjp, vmap
 
 from flatkern.layers.shared_weight import row_energy
 from flatkern.problem import call_with, preserve_state
+from flatkern.samples import take
 
 __all__ = ["per_sample_squared_norms"]
 
 
 def per_sample_squared_norms(
-    model: nn.Module, x: Tensor, roots: Tensor, parameters: Mapping[str, Tensor], max_memory: int
+    model: nn.Module,
+    x: Any,
+    roots: Tensor,
+    parameters: Mapping[str, Tensor],
+    max_memory: int,
+    forward: Callable[[nn.Module, Any], tuple[Tensor, Any]] | None = None,
 ) -> tuple[dict[str, Tensor], str]:
     """Σ_k ‖∂(s_k·f_i)/∂p‖² for every parameter p given and every sample, by forming those gradients.
 
@@ -29,11 +36,17 @@ def per_sample_squared_norms(
         roots: cotangents s, [K, n, *output].
         parameters: by name; all of them leaves of ``model``.
         max_memory: bytes.
+        forward: (model, batch) → (output, target) where the model is not simply called; then always a loop.
 
     Returns:
         {name: float64 [n]} and how it was done (``"vmap"`` or ``"loop over samples"``).
     """
-    n, k = len(x), len(roots)
+    n, k = roots.shape[1], len(roots)
+    if forward is not None:
+        with preserve_state(model):
+            return _loop(
+                lambda i: forward(model, take(x, slice(i, i + 1)))[0], roots, parameters
+            ), "loop over samples"
     primals = {name: p.detach() for name, p in parameters.items()}
     bytes_a_sample = 2 * k * sum(p.numel() * p.element_size() for p in primals.values())
     chunk = max(1, min(n, max_memory // max(1, bytes_a_sample)))
@@ -55,15 +68,19 @@ def per_sample_squared_norms(
     except (RuntimeError, ValueError, NotImplementedError):
         # control flow on data, in-place operations, operators without a batching rule
         with preserve_state(model):
-            return _loop(model, x, roots, parameters), "loop over samples"
+            return _loop(
+                lambda i: model(x[i : i + 1].detach().clone()), roots, parameters
+            ), "loop over samples"
     return {name: v.detach() for name, v in norms.items()}, "vmap"
 
 
-def _loop(model: nn.Module, x: Tensor, roots: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    tensors = list(parameters.values())
-    norms = {name: torch.zeros(len(x), dtype=torch.float64, device=x.device) for name in parameters}
-    for i in range(len(x)):
-        output = model(x[i : i + 1].detach().clone())
+def _loop(
+    output_of: Callable[[int], Tensor], roots: Tensor, parameters: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    tensors, n = list(parameters.values()), roots.shape[1]
+    norms = {name: torch.zeros(n, dtype=torch.float64, device=roots.device) for name in parameters}
+    for i in range(n):
+        output = output_of(i)
         for root in roots[:, i : i + 1]:
             grads = torch.autograd.grad(output, tensors, root, retain_graph=True, allow_unused=True)
             for name, g in zip(parameters, grads, strict=True):
