@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from flatkern.graph import ISOMETRIC, SPLITS, TRANSPOSES, Graph, Layouts, on_parameters_alone, shapes_of
+from flatkern.layers.embedding import padding_index
 from flatkern.layers.outer import OuterTerm
 from flatkern.layers.rule import Cotangent, Opened, Site, operation, rule_for
 from flatkern.layers.term import SumTerm, Term
@@ -154,7 +155,7 @@ def _looks_up_once(node: Any) -> bool:
     if operation(node) != "Embedding" or node._saved_scale_grad_by_freq:
         return False
     indices = node._saved_indices.flatten()
-    return len(indices.unique()) == len(indices) and not bool((indices == node._saved_padding_idx).any())
+    return len(indices.unique()) == len(indices) and not bool((indices == padding_index(node)).any())
 
 
 def _settings(node: Any) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ from flatkern.layers.rule import Cotangent, Opened, Site, register
 from flatkern.layers.shared_weight import row_energy
 from flatkern.layers.term import Term, chunks
 
-__all__ = ["RowsTerm"]
+__all__ = ["RowsTerm", "padding_index"]
 
 
 class RowsTerm(Term):
@@ -152,11 +152,12 @@ def embedding(site: Site) -> Opened | None:
     if site.operand != 0 or node._saved_scale_grad_by_freq:  # that gradient is not the function's
         return None
     tokens = site.samples_first(node._saved_indices.unsqueeze(0).unsqueeze(-1))[0].reshape(site.n, -1)
-    keep = (tokens != _padding(node)).flatten()
+    keep = (tokens != padding_index(node)).flatten()
     return _entries(tokens, keep, site, None)
 
 
-def _padding(node: Any) -> int:
+def padding_index(node: Any) -> int:
+    """The row that gets no gradient, −1 where there is none."""
     index = int(node._saved_padding_idx)
     return -1 if index >= 1 << 63 else index  # unsigned in the graph
 
@@ -185,13 +186,13 @@ def embedding_bag(site: Site) -> Opened | None:
     indices, offsets = node._saved_indices, node._saved_offsets
     entries = torch.arange(len(indices), device=indices.device)
     bag = torch.searchsorted(offsets, entries, right=True) - 1
-    keep = indices != _padding(node)
+    keep = indices != padding_index(node)
     rows, bag = indices[keep], bag[keep]
     weight = node._saved_per_sample_weights
     share = None if weight is None else weight.detach()[keep]
     bags = node._input_metadata[0].shape[0]
     if node._saved_mode == 1:
-        share = 1 / torch.bincount(bag, minlength=bags).clamp(min=1)[bag]
+        share = 1 / torch.bincount(bag, minlength=bags).clamp(min=1)[bag].double()
     # which sample a bag belongs to, by the layout of the output
     place = torch.arange(bags, device=indices.device).reshape(1, bags, 1)
     grouped = site.samples_first(place)[0].reshape(site.n, -1)
