@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,9 +93,7 @@ def _run(model: nn.Module, x: Any, with_input: bool, forward: Forward | None) ->
     with ExitStack() as stack:
         calls = stack.enter_context(record_calls(model))
         if any(isinstance(m, nn.RNNBase) for m in model.modules()):
-            # fused recurrences hide their steps, and with them the uses of their weights
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            stack.enter_context(_stepwise())
         if forward is not None:
             output, target = forward(model, x)
         else:
@@ -105,6 +103,15 @@ def _run(model: nn.Module, x: Any, with_input: bool, forward: Forward | None) ->
             output = model(value)
     output = check_output(model, output, count_samples(x))
     return _Run(output, target, calls, edge, Graph(output))
+
+
+@contextmanager
+def _stepwise() -> Iterator[None]:
+    """Recurrences step by step: the fused ones hide the uses of their weights."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*TF32.*")  # told by the mere setting of flags
+        with torch.backends.cudnn.flags(enabled=False), torch.backends.mkldnn.flags(enabled=False):
+            yield
 
 
 def _probe(

@@ -37,7 +37,7 @@ def test_sharpness_of_a_subset_of_parameters():
 
 
 @pytest.mark.parametrize("name", RULE_NAMES)
-@pytest.mark.parametrize("max_memory", [None, 20_000])
+@pytest.mark.parametrize("max_memory", [None, 30_000])
 def test_every_rule_against_the_explicit_jacobian(name, max_memory):
     model, x = rule_networks()[name]
     exact = {p: j.square().sum((1, 2)) for p, j in parameter_jacobian(model, x).items()}
