@@ -78,9 +78,7 @@ def record_calls(model: nn.Module) -> Iterator[list[LayerCall]]:
         def after(module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
             if isinstance(output, Tensor) and pending.get(id(module)):
                 inputs, version, edge = pending[id(module)].pop()
-                calls.append(
-                    LayerCall(name, module, inputs, version, edge, _edge(output), output.shape)
-                )
+                calls.append(LayerCall(name, module, inputs, version, edge, _edge(output), output.shape))
 
         return after
 

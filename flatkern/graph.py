@@ -178,9 +178,7 @@ def on_parameters_alone(graph: Graph, node: Node, layouts: Layouts | None) -> bo
     return layouts.by_index[graph.index[node]] is None
 
 
-def first_with_samples(
-    graph: Graph, parameters: Mapping[str, Tensor], layouts: Layouts | None
-) -> list[Node]:
+def first_with_samples(graph: Graph, parameters: Mapping[str, Tensor], layouts: Layouts | None) -> list[Node]:
     """The operations with a rule at which parameters first meet samples."""
     wanted = {id(p) for p in parameters.values()}
     pending = [leaf for key, leaf in graph.leaves.items() if key in wanted]

@@ -91,8 +91,11 @@ class _Problem:
                 own_roots=not self.roots.shared,
                 forward=self.forward,
             ):
-                yield lin, lin.target if self.forward is not None else (
-                    None if target is None else target[lin.samples]
+                yield (
+                    lin,
+                    lin.target
+                    if self.forward is not None
+                    else (None if target is None else target[lin.samples]),
                 )
                 del lin
 

@@ -229,10 +229,12 @@ class _Chunks:
         layouts = self._layouts
         doubtful = self.ambiguous | _misplaced(run.calls, n)
         if n > 1 and (layouts is None or not layouts.match(run.graph)):
-            uses = Uses({}, tuple(p for p in self._parameters if id(self._parameters[p]) in run.graph.leaves), (), frozenset())  # noqa: E501
+            # other operations than in the runs that were compared: nothing is known
+            used = [name for name, p in self._parameters.items() if id(p) in run.graph.leaves]
+            uses = Uses({}, tuple(used), tuple(self._parameters.keys() - used), frozenset())
         else:
             known = None if n == 1 else layouts
-            uses = find_uses(run.graph, self._parameters, known, n, self._max_memory // 8)
+            uses = find_uses(run.graph, self._parameters, known, n)
         return Linearization(
             x=part,
             start=start,

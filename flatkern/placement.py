@@ -59,8 +59,6 @@ def check_layouts(output: Tensor, graph: Graph, layouts: Layouts, parameters: Ma
     wrong = strays(output, edges, others)
     for i in places:
         kept = [
-            layout
-            for index, (place, layout) in enumerate(candidates)
-            if place == i and index not in wrong
+            layout for index, (place, layout) in enumerate(candidates) if place == i and index not in wrong
         ]
         layouts.by_index[i] = tuple(kept)

@@ -15,14 +15,18 @@ def count_samples(batch: Any) -> int:
     """The length of axis 0 of the batch's first tensor that has one; mappings, lists and tuples are searched."""
     found = _count(batch)
     if found is None:
-        raise TypeError(f"data: a batch of type {type(batch).__name__} holds no tensor with samples on axis 0")
+        raise TypeError(
+            f"data: a batch of type {type(batch).__name__} holds no tensor with samples on axis 0"
+        )
     return found
 
 
 def _count(batch: Any) -> int | None:
     if isinstance(batch, Tensor):
         return len(batch) if batch.ndim else None
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
+    parts = (
+        batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
+    )
     return next((n for part in parts if (n := _count(part)) is not None), None)
 
 

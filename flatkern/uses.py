@@ -77,9 +77,7 @@ class Uses:
 
 
 @torch.no_grad()
-def find_uses(
-    graph: Graph, parameters: Mapping[str, Tensor], layouts: Layouts | None, n: int, max_memory: int
-) -> Uses:
+def find_uses(graph: Graph, parameters: Mapping[str, Tensor], layouts: Layouts | None, n: int) -> Uses:
     """Follow every parameter to its sites.
 
     Args:
@@ -87,16 +85,14 @@ def find_uses(
         parameters: the selected ones, by name.
         layouts: where the samples lie; ``None`` for a single sample, where everything belongs to it.
         n: number of samples.
-        max_memory: bytes that all rules together may keep.
     """
     by_parameter, uncovered, unused, derived = {}, [], [], set()
-    places = sum(operation(node) == "Convolution" for node in graph.nodes)
     for name, p in parameters.items():
         leaf = graph.leaves.get(id(p))
         if leaf is None:
             unused.append(name)
             continue
-        uses = _uses_of(graph, leaf, p, layouts, n, max_memory // max(1, places))
+        uses = _uses_of(graph, leaf, p, layouts, n)
         if uses is None:
             uncovered.append(name)
             continue
@@ -107,7 +103,7 @@ def find_uses(
 
 
 def _uses_of(
-    graph: Graph, leaf: Node, parameter: Tensor, layouts: Layouts | None, n: int, max_memory: int
+    graph: Graph, leaf: Node, parameter: Tensor, layouts: Layouts | None, n: int
 ) -> tuple[ParameterUse, ...] | None:
     found: list[ParameterUse] = []
     pending, seen = [leaf], {leaf}
@@ -126,7 +122,7 @@ def _uses_of(
                 return None
             source = None if below is leaf else (below, consumer.output)
             shape = parameter.shape if source is None else shapes_of(below)[consumer.output]
-            site = Site(node, consumer.operand, shape, layout, n, max_memory)
+            site = Site(node, consumer.operand, shape, layout, n)
             opened = rule(site)
             if opened is None:
                 return None

@@ -29,19 +29,14 @@ def patches(
     Zero padding on both sides; positions T are in the order of the convolution's output.
     """
     n, channels, dims = inputs.shape[0], inputs.shape[1], len(kernel)
-    if dims == 3:
-        padded = F.pad(inputs, [p for size in reversed(padding) for p in (size, size)])
-        for d in range(3):
-            padded = padded.unfold(d + 2, dilation[d] * (kernel[d] - 1) + 1, stride[d])[..., :: dilation[d]]
-        columns = padded.permute(0, 1, 5, 6, 7, 2, 3, 4)  # [n, C, *kernel, *positions]
-    elif dims == 1:
-        columns = F.unfold(
-            inputs.unsqueeze(2), (1, kernel[0]), (1, dilation[0]), (0, padding[0]), (1, stride[0])
-        )
-    else:
-        columns = F.unfold(inputs, tuple(kernel), tuple(dilation), tuple(padding), tuple(stride))
+    windows = F.pad(inputs, [p for size in reversed(padding) for p in (size, size)])
+    for d in range(dims):
+        span = dilation[d] * (kernel[d] - 1) + 1
+        windows = windows.unfold(d + 2, span, stride[d])[..., :: dilation[d]]
+    # [n, C, *positions, *kernel] → [n, C, *kernel, *positions]: a strided copy, several times faster than im2col
+    order = (0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
     width = channels // groups * torch.Size(kernel).numel()
-    return columns.reshape(n, groups, width, -1).mT
+    return windows.permute(order).reshape(n, groups, width, -1).mT
 
 
 @register("Convolution")
@@ -95,9 +90,7 @@ def _plain(site: Site, node: Any) -> Opened:
         found = patches(images, *geometry, groups)  # [images, G, T, width]
         return _frames_as_positions(found, frames)
 
-    features = Features(
-        make, (n, groups, frames * positions, width), inputs.element_size(), site.max_memory
-    )
+    features = Features(make, (n, groups, frames * positions, width), inputs.element_size())
     c_out = site.shape[0] // groups
 
     def term(g: Cotangent) -> Term:
@@ -124,9 +117,7 @@ def _transposed(site: Site, node: Any) -> Opened:
         k = len(g.value)
         found = patches(g.value.flatten(0, 1), *geometry, groups)[:, :, :positions]
         found = _frames_as_positions(found, frames)
-        return OuterTerm(
-            features, found.reshape(k, n, *found.shape[1:]), site.shape, transposed=True
-        )
+        return OuterTerm(features, found.reshape(k, n, *found.shape[1:]), site.shape, transposed=True)
 
     return term
 

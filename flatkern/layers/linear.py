@@ -81,8 +81,6 @@ def matrix_product(
         value = by_sample(value.mT if weight_first else value)
         if scale != 1:
             return OuterTerm(features, scale * value, site.shape, transposed=not weight_first)
-        return OuterTerm(
-            features, value, site.shape, transposed=not weight_first, energy=lambda: g.energy
-        )
+        return OuterTerm(features, value, site.shape, transposed=not weight_first, energy=lambda: g.energy)
 
     return term

@@ -13,38 +13,32 @@ from flatkern.layers.term import Term, chunks
 __all__ = ["Features", "OuterTerm"]
 
 
+_CACHE_BYTES = 1 << 21
+"""Patches formed at a time on a CPU."""
+
+
 class Features:
     """The layer's inputs a [n, G, T, d]: G groups that share nothing, T positions that share the weight.
 
-    Formed from ``make(samples)`` when asked for, and kept if that takes at most ``keep_bytes``.
+    Formed from ``make(samples)`` whenever asked for: chunks that stay in the cache cost less than reading all of them
+    again from memory. ``size``: bytes of an entry; 0 where asking takes no memory.
     """
 
-    def __init__(
-        self, make: Callable[[slice], Tensor], shape: tuple[int, int, int, int], size: int, keep_bytes: int
-    ) -> None:
+    def __init__(self, make: Callable[[slice], Tensor], shape: tuple[int, int, int, int], size: int) -> None:
         self.shape = shape
         self.bytes = torch.Size(shape).numel() * size
         self._make = make
-        self._kept: Tensor | None = None
-        self._keep = self.bytes <= keep_bytes
         self._energy: Tensor | None = None
 
     @classmethod
     def of(cls, a: Tensor) -> Features:
         """Of a tensor [n, G, T, d] that is there already (or a view of one)."""
         n, g, t, d = a.shape
-        return cls(a.__getitem__, (n, g, t, d), 0, 0)
+        return cls(a.__getitem__, (n, g, t, d), 0)
 
     def __call__(self, samples: slice) -> Tensor:
         """[n', G, T, d]."""
-        if self._keep and self._kept is None:
-            self._kept = self._make(slice(0, self.shape[0]))
-        return self._make(samples) if self._kept is None else self._kept[samples]
-
-    @property
-    def is_free(self) -> bool:
-        """Whether asking for all samples takes no memory."""
-        return self.bytes == 0 or self._keep
+        return self._make(samples)
 
     @property
     def energy(self) -> Tensor:
@@ -96,7 +90,10 @@ class OuterTerm(Term):
         if groups == positions == 1:
             energy = row_energy(self.cotangents.flatten(2)) if self._energy is None else self._energy()
             return energy.sum(0) * self.features.energy
-        step = self.n if self.features.is_free else max(1, self.n * max_memory // (4 * self.features.bytes))
+        step = self.n
+        if self.features.bytes:
+            wanted = min(max_memory // 4, _CACHE_BYTES) if self.device.type == "cpu" else max_memory // 4
+            step = max(1, self.n * wanted // self.features.bytes)
         parts = []
         for part in chunks(self.n, step):
             a, g = self.features(part).flatten(0, 1), self.cotangents[:, part]
@@ -191,7 +188,7 @@ class OuterTerm(Term):
         every = [use.features for use in uses]
         size = self.cotangents.element_size()
         features = Features(
-            lambda part: torch.cat([f(part) for f in every], 2), (n, groups, positions, d_a), size, 0
+            lambda part: torch.cat([f(part) for f in every], 2), (n, groups, positions, d_a), size
         )
         cotangents = torch.cat([use.cotangents for use in uses], 3)
         return OuterTerm(features, cotangents, self.shape, transposed=self.transposed)

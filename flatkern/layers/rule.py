@@ -56,8 +56,6 @@ class Site:
     layout: Layout | None
     """Of the operation's output; ``None``: there is one sample only, and everything is its own."""
     n: int
-    max_memory: int
-    """Bytes that may be held beside the graph."""
 
     def samples_first(self, tensor: Tensor) -> Tensor:
         """[K, *output shape] → [K, n, *output shape of one sample]."""

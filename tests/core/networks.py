@@ -417,7 +417,11 @@ def rule_networks() -> dict[str, tuple[nn.Module, Tensor]]:
         "layer norm": (flat(nn.Linear(4, 6), nn.LayerNorm((2, 6)), nn.SiLU()), torch.randn(3, 2, 4)),
         "layer norm no bias": (flat(nn.LayerNorm(4, bias=False), nn.Tanh()), torch.randn(3, 2, 4)),
         "norms without affine": (
-            flat(nn.Conv2d(4, 4, 2), nn.GroupNorm(2, 4, affine=False), nn.LayerNorm(2, elementwise_affine=False)),
+            flat(
+                nn.Conv2d(4, 4, 2),
+                nn.GroupNorm(2, 4, affine=False),
+                nn.LayerNorm(2, elementwise_affine=False),
+            ),
             images,
         ),
         "batch norm": (flat(nn.Conv2d(4, 3, 2), bn, nn.Tanh()).eval(), images),

@@ -136,7 +136,10 @@ def test_the_sketch_is_unbiased_and_its_error_covers(name):
 
 def test_the_sketch_reaches_its_tolerance_and_auto_takes_the_cheaper_way():
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 100)).double(), torch.randn(40, 6).double()
+    model, x = (
+        nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 100)).double(),
+        torch.randn(40, 6).double(),
+    )
     y = torch.arange(40)
     exact = fk.ggn_trace(model, nn.CrossEntropyLoss(), (x, y), method="exact")
     loose = fk.ggn_trace(model, nn.CrossEntropyLoss(), (x, y), rtol=0.05)
@@ -256,7 +259,9 @@ def test_gradient_norms_against_autograd_a_sample(name):
 
     def one(i):
         loss = (model(x[i : i + 1].clone()) - y[i : i + 1]).square().sum()
-        grads = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+        grads = torch.autograd.grad(
+            loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True
+        )
         return sum(float(g.square().sum()) for g in grads if g is not None)
 
     got = fk.gradient_norms(model, nn.MSELoss(), (x, y), per_layer=True)
