@@ -1,4 +1,4 @@
-"""Tr GGN and per-sample gradient norms in gradients of the same loss on the same batch: 512 MNIST digits, cross-entropy.
+"""Tr GGN and per-sample gradient norms, in gradients of the same loss on the same batch: 512 MNIST digits.
 
 ``python -m benchmarks.bench_ggn_trace`` prints the table's numbers and writes benchmarks/results/ggn_trace.json; under
 pytest (``make bench``) the pieces are timed one by one.
@@ -53,6 +53,7 @@ class ViT(nn.Module):
         self.norm, self.head = nn.LayerNorm(64), nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images [n, 1, 28, 28] → logits [n, 10]."""
         h = self.patch(x).flatten(2).transpose(1, 2)
         h = torch.cat([self.token.expand(len(h), -1, -1), h], 1) + self.places
         return self.head(self.norm(self.blocks(h)[:, 0]))

@@ -36,11 +36,11 @@ def with_roots(loss: Loss) -> Loss:
 
 
 def _columns(loss: Loss, output: Tensor, target: Tensor) -> Tensor:
-    n, entries = len(output), output[0].numel()
+    entries = output[0].numel()
     if entries > LARGEST_OUTPUT:
         raise ValueError(
-            f"loss_fn: {loss.name} has no closed-form output Hessian, and a sample has {entries} outputs (the limit for "
-            f"forming it is {LARGEST_OUTPUT}); use fk.trace(fk.ggn(model, loss_fn, data)), or torch's own loss modules"
+            f"loss_fn: {loss.name} has no closed-form output Hessian, and a sample has {entries} outputs (the limit "
+            f"for forming it is {LARGEST_OUTPUT}); use fk.trace(fk.ggn(model, loss_fn, data)), or torch's loss modules"
         )
     hessians = _hessians(loss, output, target)
     values, vectors = torch.linalg.eigh(hessians)

@@ -60,8 +60,8 @@ def sharpness(
         model: any module [n, ...] → [n, ...] whose samples do not interact; left exactly as found.
         x: inputs with the samples on axis 0; floating point, or integers (token ids).
         params: names or globs of parameters; default all with ``requires_grad``.
-        method: ``"exact"``, ``"sketch"``, or the cheaper of the two: exact for up to 64 cotangents a sample, else two draws tell
-            whether ``rtol`` takes fewer draws than there are outputs.
+        method: ``"exact"``, ``"sketch"``, or the cheaper of the two: exact for up to 64 cotangents a
+            sample, else two draws tell whether ``rtol`` takes fewer draws than that (or memory forbids the exact way).
         rtol: relative standard error that the sketch is drawn to.
         samples: number of draws instead; 1 gives no standard error (``nan``).
         seed: of the signs.
@@ -194,8 +194,8 @@ def gradient_norms(
     """Squared gradient norm ‖∂ℓ_i/∂θ‖² of every sample's loss, from one backward pass.
 
     ℓ_i is the sample's own term of the loss's numerator, before any division: its cross-entropy times its class weight
-    (summed over its tokens), or Σ (f − y)² over its N outputs. The gradient of the loss itself is Σ_i ∂ℓ_i/∂θ divided by
-    the loss's denominator (n, the summed class weights, or n·N for ``nn.MSELoss()``), or by 1 for ``reduction="sum"``.
+    (summed over its tokens), or Σ (f − y)² over its N outputs. The gradient of the loss itself is Σ_i ∂ℓ_i/∂θ over the
+    loss's denominator (n, the summed class weights, or n·N for ``nn.MSELoss()``), or over 1 for ``reduction="sum"``.
 
     Computed as in :func:`sharpness`, with ∂ℓ_i/∂f(x_i) as the only cotangent: a forward and a backward pass to the
     layers' outputs (less than one gradient), and no per-sample gradient is formed where rules apply.
@@ -311,8 +311,8 @@ class _Data:
             output, target = evaluate(model, batch, given, own_loss=False, samples=n)
             if len(output) != n:
                 raise ValueError(
-                    f"forward: the output has {len(output)} rows for {n} samples; keep the samples on axis 0, tokens on "
-                    "the next (outputs [B, T, V] with fk.losses.TokenCrossEntropyLoss)"
+                    f"forward: the output has {len(output)} rows for {n} samples; keep the samples on axis 0, tokens "
+                    "on the next (outputs [B, T, V] with fk.losses.TokenCrossEntropyLoss)"
                 )
             return output, target
 

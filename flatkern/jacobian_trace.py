@@ -143,8 +143,8 @@ def _check_exact(output: Tensor, problem: _Problem) -> None:
     needed = _exact_bytes(output, columns, problem.roots.shared)
     if needed > problem.settings.max_memory:
         raise ValueError(
-            f"method: 'exact' needs {columns} cotangents of {output.numel()} entries a sample ({needed / 2**30:.3g} GiB, "
-            "more than max_memory); use method='sketch'"
+            f"method: 'exact' needs {columns} cotangents of {output.numel()} entries a sample ({needed / 2**30:.3g} "
+            "GiB, more than max_memory); use method='sketch'"
         )
 
 

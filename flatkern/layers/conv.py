@@ -57,7 +57,9 @@ def _bias(g: Cotangent, site: Site) -> Term:
     return DenseTerm(value.sum((2, 4)), site.shape)
 
 
-def _geometry(node: Any, kernel: Sequence[int]) -> tuple[Sequence[int], ...]:
+def _geometry(
+    node: Any, kernel: Sequence[int]
+) -> tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int]]:
     dims = len(kernel)
     stride, padding, dilation = (
         tuple(v) * (dims if len(v) == 1 else 1)

@@ -1,7 +1,7 @@
 """Per-sample gradients of one parameter for K cotangents, unformed: their norms and inner products.
 
-A term stands for the gradients γ_ik ∈ R^shape of sample i and cotangent k. What every term can do is form them for a few
-samples (:meth:`Term.explicit`); subclasses know cheaper forms of the norms and of the Gram matrix.
+A term stands for the gradients γ_ik ∈ R^shape of sample i and cotangent k. What every term can do is form them
+for a few samples (:meth:`Term.explicit`); subclasses know cheaper forms of the norms and of the Gram matrix.
 """
 
 from __future__ import annotations

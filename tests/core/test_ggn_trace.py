@@ -49,7 +49,10 @@ class _Moved(nn.Module):
         return z.movedim(-1, 1)
 
 
-@pytest.mark.parametrize("name", ["token", "token weights smoothing", "token probabilities", "classes second", "classes second sum"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    ["token", "token weights smoothing", "token probabilities", "classes second", "classes second sum"],
+)
 def test_token_losses(name):
     torch.manual_seed(0)
     after, loss_fn, x, y = token_problems()[name]
