@@ -15,19 +15,24 @@ __all__ = ["Features", "OuterTerm"]
 
 _CACHE_BYTES = 1 << 21
 """Patches formed at a time on a CPU."""
+_KEPT_BYTES = 1 << 23
+"""Patches of one layer that are kept once they are asked for again."""
 
 
 class Features:
     """The layer's inputs a [n, G, T, d]: G groups that share nothing, T positions that share the weight.
 
     Formed from ``make(samples)`` whenever asked for: chunks that stay in the cache cost less than reading all of them
-    again from memory. ``size``: bytes of an entry; 0 where asking takes no memory.
+    again from memory. Small ones are kept from the second time on, when several cotangents need them. ``size``:
+    bytes of an entry; 0 where asking takes no memory.
     """
 
     def __init__(self, make: Callable[[slice], Tensor], shape: tuple[int, int, int, int], size: int) -> None:
         self.shape = shape
         self.bytes = torch.Size(shape).numel() * size
         self._make = make
+        self._kept: Tensor | None = None
+        self._formed = 0
         self._energy: Tensor | None = None
 
     @classmethod
@@ -38,6 +43,12 @@ class Features:
 
     def __call__(self, samples: slice) -> Tensor:
         """[n', G, T, d]."""
+        n = self.shape[0]
+        if self._kept is None and self._formed >= n and 0 < self.bytes <= _KEPT_BYTES:
+            self._kept = self._make(slice(0, n))
+        if self._kept is not None:
+            return self._kept[samples]
+        self._formed += samples.stop - samples.start
         return self._make(samples)
 
     @property
