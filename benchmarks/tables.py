@@ -209,11 +209,35 @@ def attention(result: dict[str, Any]) -> str:
     )
 
 
+def ggn_trace(result: dict[str, Any]) -> str:
+    """Gauss-Newton traces in gradients."""
+    rows = [
+        [
+            r["model"],
+            r["state"],
+            f"{r['gradient_ms']:.0f}",
+            f"**{r['exact']:.1f}**",
+            f"**{r['sketch']:.2f}**",
+            f"{100 * r['sketch_error']:.1f} %",
+            f"{r['gradient_norms']:.2f}",
+        ]
+        for r in result["rows"]
+    ]
+    header = ["model", "state", "gradient ms", "exact", "one sketch", "its error", "gradient norms"]
+    return (
+        "## Gauss-Newton trace\n\n"
+        "`fk.ggn_trace` exactly (9 cotangents) and by one draw of the sign sketch, and `fk.gradient_norms`, in\n"
+        "gradients of the same loss on the same batch (forward and backward pass, all parameters).\n\n"
+        f"`python -m benchmarks.bench_ggn_trace`\n\n{_table(header, rows)}\n{_settings(result)}"
+    )
+
+
 SECTIONS = {
     "operators": operators,
     "lanczos": lanczos,
     "slq": slq,
     "measurement": measurement,
+    "ggn_trace": ggn_trace,
     "kernels": kernels,
     "attention": attention,
 }

@@ -21,7 +21,7 @@ from flatkern.estimators import (
     trace,
     trace_function,
 )
-from flatkern.flatness import ggn_trace, sharpness
+from flatkern.flatness import ggn_trace, gradient_norms, sharpness
 from flatkern.geometry import Geometry, LayerGeometry, geometry
 from flatkern.max_eigenvalue import MaxEigenvalue, max_eigenvalue
 from flatkern.operators import LinearOperator, fisher, ggn, hessian, hvp, jacobian
@@ -55,6 +55,7 @@ __all__ = [
     "geometry",
     "ggn",
     "ggn_trace",
+    "gradient_norms",
     "hessian",
     "hvp",
     "jacobian",

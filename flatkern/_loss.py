@@ -42,6 +42,10 @@ class Loss:
     weight: LossFunction
     product: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     root: LossFunction | None = None
+    sketch: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    """(output, target, ε [*output]) → S ε [*output] for a square root S of H; ``None``: not known in closed form."""
+    columns: Callable[[Tensor], int] = lambda output: output[0].numel()
+    """output → K, how many cotangents ``root`` gives."""
     sampled: Callable[[Tensor, Tensor, torch.Generator], Tensor] | None = None
     """(output, target, generator) → r [*output], the gradient of the numerator in the output at labels drawn from the
     model's own predictive distribution; E r rᵀ is block diagonal over samples. ``None``: no such distribution."""

@@ -45,7 +45,16 @@ def mse(reduction: Reduction) -> Loss:
         # labels from N(f, ½), whose negative log-likelihood is (f − y)²
         return 2**0.5 * draw(torch.randn, output, generator)
 
-    return Loss("MSELoss", reduction, numerator, _numel, lambda _o, _t, v: 2 * v, root, sampled)
+    return Loss(
+        "MSELoss",
+        reduction,
+        numerator,
+        _numel,
+        lambda _o, _t, v: 2 * v,
+        root,
+        lambda _o, _t, signs: 2**0.5 * signs,
+        sampled=sampled,
+    )
 
 
 def huber(loss_fn: nn.HuberLoss | nn.SmoothL1Loss, reduction: Reduction) -> Loss:
@@ -67,7 +76,15 @@ def huber(loss_fn: nn.HuberLoss | nn.SmoothL1Loss, reduction: Reduction) -> Loss
         return identity_cotangents(output) * diagonal(output, target).sqrt()
 
     name = type(loss_fn).__name__
-    return Loss(name, reduction, numerator, _numel, lambda o, t, v: diagonal(o, t) * v, root)
+    return Loss(
+        name,
+        reduction,
+        numerator,
+        _numel,
+        lambda o, t, v: diagonal(o, t) * v,
+        root,
+        lambda o, t, signs: diagonal(o, t).sqrt() * signs,
+    )
 
 
 def nll(loss_fn: nn.NLLLoss, reduction: Reduction) -> Loss:
@@ -122,7 +139,10 @@ def bce_with_logits(loss_fn: nn.BCEWithLogitsLoss, reduction: Reduction) -> Loss
     def product(output: Tensor, target: Tensor, v: Tensor) -> Tensor:
         return diagonal(output, target) * v
 
-    return Loss("BCEWithLogitsLoss", reduction, numerator, _numel, product, root, sampled)
+    def sketch(output: Tensor, target: Tensor, signs: Tensor) -> Tensor:
+        return diagonal(output, target).sqrt() * signs
+
+    return Loss("BCEWithLogitsLoss", reduction, numerator, _numel, product, root, sketch, sampled=sampled)
 
 
 def cross_entropy(loss_fn: nn.CrossEntropyLoss, reduction: Reduction) -> Loss:
@@ -176,7 +196,20 @@ def cross_entropy(loss_fn: nn.CrossEntropyLoss, reduction: Reduction) -> Loss:
         p = output.softmax(1)
         return omega(output, target).sqrt().unsqueeze(1) * (p - draw_classes(p, generator))
 
-    return Loss("CrossEntropyLoss", reduction, numerator, denominator, product, root, sampled)
+    def sketch(output: Tensor, target: Tensor, signs: Tensor) -> Tensor:
+        return _softmax_sketch(output, signs).mul_(omega(output, target).sqrt().unsqueeze(1))
+
+    return Loss(
+        "CrossEntropyLoss",
+        reduction,
+        numerator,
+        denominator,
+        product,
+        root,
+        sketch,
+        lambda output: output[0].numel() // output.shape[1] * (output.shape[1] - 1),
+        sampled,
+    )
 
 
 def token_cross_entropy(loss_fn: nn.CrossEntropyLoss, reduction: Reduction) -> Loss:
@@ -184,8 +217,9 @@ def token_cross_entropy(loss_fn: nn.CrossEntropyLoss, reduction: Reduction) -> L
     inner = cross_entropy(loss_fn, reduction)
     assert inner.product is not None
     assert inner.root is not None
+    assert inner.sketch is not None
     assert inner.sampled is not None
-    product, root, sampled = inner.product, inner.root, inner.sampled
+    product, root, sketch, sampled = inner.product, inner.root, inner.sketch, inner.sampled
 
     def moved(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         check_classes(output, target, -1)
@@ -202,6 +236,8 @@ def token_cross_entropy(loss_fn: nn.CrossEntropyLoss, reduction: Reduction) -> L
         lambda o, t: inner.weight(*moved(o, t)),
         product_last,
         lambda o, t: root(*moved(o, t)).movedim(2, -1),
+        lambda o, t, signs: sketch(*moved(o, t), classes_second(signs)).movedim(1, -1),
+        lambda output: inner.columns(classes_second(output)),
         lambda o, t, generator: sampled(*moved(o, t), generator).movedim(1, -1),
     )
 
@@ -237,3 +273,20 @@ def _softmax_root(output: Tensor) -> Tensor:
     for_all = torch.arange(positions, device=p.device)
     spread[for_all, :, :, :, for_all] = rows.permute(1, 2, 0, 3)
     return spread.reshape(positions * (classes - 1), *output.shape)
+
+
+def _softmax_sketch(output: Tensor, signs: Tensor) -> Tensor:
+    """S ε for S = diag √p − p √pᵀ at every position (classes on axis 1), without cancellation where p is nearly 1.
+
+    S √p = 0, so ε may be replaced by ε − ε_k √p with k the likeliest class. Its entry k is ε_k (1 − √p_k), taken as
+    ε_k ρ/(1 + √p_k) with ρ = Σ_{c≠k} p_c summed and not subtracted from 1.
+    """
+    p = output.softmax(1)
+    root_p = p.sqrt()
+    top = output.argmax(1, keepdim=True)
+    rest = p.scatter(1, top, 0).sum(1, keepdim=True)
+    at_top = signs.gather(1, top)
+    shifted = signs - at_top * root_p
+    shifted.scatter_(1, top, at_top * rest / (1 + root_p.gather(1, top)))
+    mean = (root_p * shifted).sum(1, keepdim=True)
+    return root_p.mul_(shifted).sub_(p.mul_(mean))

@@ -1,4 +1,4 @@
-"""One forward pass over a model, with the input and output of every layer that has a rule.
+"""One forward pass over a model, with the input and output of every linear and convolutional layer.
 
 Layers are found by forward hooks, removed on exit whatever happens. What hooks do not see (a functional call, a layer
 used twice, a parameter used directly) is found by comparing the recorded calls with the autograd graph of the run
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from flatkern.layers import LayerRule, rule_for
+from flatkern.layers.modules import is_layer, positions
 
 __all__ = ["Coverage", "LayerCall", "graph_nodes", "match_parameters", "record_calls"]
 
@@ -28,7 +28,6 @@ class LayerCall:
 
     name: str
     module: nn.Module
-    rule: LayerRule
     inputs: Tensor
     """The input's value, detached (sharing its storage)."""
     version: int
@@ -49,7 +48,7 @@ class LayerCall:
     @property
     def positions(self) -> int:
         """How many positions of a sample share the layer's weight."""
-        return self.rule.positions(self.module, self.inputs)
+        return positions(self.module, self.inputs)
 
 
 def _edge(tensor: Tensor) -> GradientEdge | None:
@@ -63,7 +62,7 @@ def _first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | N
 
 @contextmanager
 def record_calls(model: nn.Module) -> Iterator[list[LayerCall]]:
-    """Record every call of a layer that has a rule, in order, while the block runs.
+    """Record every call of a linear or convolutional layer, in order, while the block runs.
 
     Edges are taken at the call itself: an in-place activation behind the layer changes neither.
     """
@@ -75,23 +74,20 @@ def record_calls(model: nn.Module) -> Iterator[list[LayerCall]]:
         if inputs is not None:
             pending.setdefault(id(module), []).append((inputs.detach(), inputs._version, _edge(inputs)))
 
-    def make_after(name: str, rule: LayerRule) -> Any:
+    def make_after(name: str) -> Any:
         def after(module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
             if isinstance(output, Tensor) and pending.get(id(module)):
                 inputs, version, edge = pending[id(module)].pop()
-                calls.append(
-                    LayerCall(name, module, rule, inputs, version, edge, _edge(output), output.shape)
-                )
+                calls.append(LayerCall(name, module, inputs, version, edge, _edge(output), output.shape))
 
         return after
 
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            rule = rule_for(module)
-            if rule is not None:
+            if is_layer(module):
                 # after the user's own pre-hooks and before their forward hooks: what the layer itself sees
                 stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-                after = make_after(name, rule)
+                after = make_after(name)
                 stack.callback(module.register_forward_hook(after, with_kwargs=True, prepend=True).remove)
         yield calls
 
@@ -194,7 +190,7 @@ def match_parameters(
     reached = [c for c in calls if c.output_edge is not None and c.output_edge.node in nodes]
     owners: dict[int, list[tuple[int, str]]] = {}
     for index, call in enumerate(reached):
-        for local in call.rule.parameters:
+        for local in ("weight", "bias"):
             p = getattr(call.module, local, None)
             if isinstance(p, Tensor):
                 owners.setdefault(id(p), []).append((index, local))

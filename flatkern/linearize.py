@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge, saved_tensors_hooks
 
 from flatkern.capture import Coverage, LayerCall, match_parameters, record_calls
+from flatkern.graph import Graph, Layouts, compare_batches, first_with_samples, shapes_of
+from flatkern.placement import check_layouts, strays
 from flatkern.problem import DEFAULT_MAX_MEMORY, check_output, preserve_state
+from flatkern.samples import count_samples, take
+from flatkern.uses import Uses, find_uses
 
-__all__ = ["Linearization", "budget", "linearizations", "pull_back"]
+__all__ = ["Forward", "Linearization", "budget", "linearizations", "pull_back"]
+
+Forward = Callable[[nn.Module, Any], tuple[Tensor, Any]]
+"""(model, batch) → (output, target)."""
 
 _CACHE_BYTES = 1 << 22
 """Several cotangents go through one batched backward pass while their traffic a layer stays about this small.
@@ -27,18 +36,25 @@ slower than a loop on a convolutional network at n = 100).
 class Linearization:
     """One forward pass on a chunk of samples, kept for pulling cotangents back."""
 
-    x: Tensor
-    """The chunk's inputs as the model got them, [n, ...]."""
+    x: Any
+    """The chunk's inputs as the model got them: [n, ...], or a batch that ``forward`` understands."""
     start: int
     """Index of the chunk's first sample."""
     output: Tensor
+    target: Any
+    """What ``forward`` gave beside the output; ``None`` without it."""
+    forward: Forward | None
     calls: tuple[LayerCall, ...]
     coverage: Coverage
+    uses: Uses
+    """Where each parameter enters."""
     input_edge: GradientEdge | None
     """Where the model's input stands in the graph; ``None`` where its Jacobian was not asked for."""
     max_memory: int
     misplaced: frozenset[str]
     """Layers whose input does not have the samples on axis 0."""
+    widest: int
+    """Entries of the largest output that cotangents are taken at."""
 
     @property
     def n(self) -> int:
@@ -52,15 +68,15 @@ class Linearization:
 
 
 @dataclass(frozen=True)
-class _Footprint:
-    """What one sample needs, from a forward pass on a few of them."""
+class _Run:
+    """One forward pass with its graph."""
 
-    saved_bytes: int
-    widest: int
-    held: int
-    outputs: int
-    ambiguous: frozenset[str]
     output: Tensor
+    target: Any
+    calls: list[LayerCall]
+    input_edge: GradientEdge | None
+    graph: Graph
+    saved_bytes: int = 0
 
 
 def budget(max_memory: int | None) -> int:
@@ -72,21 +88,36 @@ def budget(max_memory: int | None) -> int:
     return max_memory
 
 
-def _forward(
-    model: nn.Module, x: Tensor, with_input: bool
-) -> tuple[Tensor, list[LayerCall], GradientEdge | None]:
-    # a clone goes in, as the model may write into its input (and inference tensors cannot be differentiated)
-    value = (x.clone() if x.is_inference() else x.detach()).requires_grad_(with_input).clone()
-    edge = get_gradient_edge(value) if with_input else None
-    with record_calls(model) as calls:
-        output = model(value)
-    return check_output(model, output, len(x)), calls, edge
+def _run(model: nn.Module, x: Any, with_input: bool, forward: Forward | None) -> _Run:
+    edge, target = None, None
+    with ExitStack() as stack:
+        calls = stack.enter_context(record_calls(model))
+        if any(isinstance(m, nn.RNNBase) for m in model.modules()):
+            stack.enter_context(_stepwise())
+        if forward is not None:
+            output, target = forward(model, x)
+        else:
+            # a clone goes in, as the model may write into its input (and inference tensors cannot be differentiated)
+            value = (x.clone() if x.is_inference() else x.detach()).requires_grad_(with_input).clone()
+            edge = get_gradient_edge(value) if with_input else None
+            output = model(value)
+    output = check_output(model, output, count_samples(x))
+    return _Run(output, target, calls, edge, Graph(output))
+
+
+@contextmanager
+def _stepwise() -> Iterator[None]:
+    """Recurrences step by step: the fused ones hide the uses of their weights."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*TF32.*")  # told by the mere setting of flags
+        with torch.backends.cudnn.flags(enabled=False), torch.backends.mkldnn.flags(enabled=False):
+            yield
 
 
 def _probe(
-    model: nn.Module, x: Tensor, few: int, parameters: Mapping[str, Tensor], with_input: bool
-) -> _Footprint:
-    """Measure a forward pass on ``few`` samples: bytes it saves, sizes of layers, and where samples lie."""
+    model: nn.Module, x: Any, parameters: Mapping[str, Tensor], with_input: bool, forward: Forward | None
+) -> _Run:
+    """A forward pass on a few samples, with the bytes it saves."""
     saved: dict[int, int] = {}
     owned = {p.untyped_storage().data_ptr() for p in parameters.values()}
 
@@ -97,44 +128,8 @@ def _probe(
         return tensor.detach()  # the tensor itself would keep its own graph alive
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        output, calls, _ = _forward(model, x[:few], with_input)
-    held = sum(c.output_shape.numel() + (c.inputs.numel() if with_input else 0) for c in calls)
-    widest = max((max(c.output_shape.numel(), c.inputs.numel()) for c in calls), default=0)
-    misplaced = frozenset(c.name for c in calls if c.inputs.shape[0] != few or c.output_shape[0] != few)
-    misplaced |= _touched_by_others(output, calls)
-    return _Footprint(
-        sum(saved.values()) // few,
-        max(widest, x[:few].numel()) // few,
-        held // few,
-        output[0].numel(),
-        misplaced,
-        output.detach(),
-    )
-
-
-def _touched_by_others(output: Tensor, calls: Sequence[LayerCall]) -> frozenset[str]:
-    """Layers where the cotangent of one sample alone shows in another sample's row of axis 0.
-
-    Shapes cannot tell a sequence axis of the same length, or samples in another order, from the samples' axis. Each
-    sample is tried: one that reads only the matching position would pass alone.
-    """
-    reached = [(c.name, c.output_edge) for c in calls if c.output_edge is not None]
-    strays: list[tuple[str, Tensor]] = []
-    if output.grad_fn is None or not reached:
-        return frozenset()
-    weights = torch.arange(1, output[0].numel() + 1, dtype=torch.float32, device=output.device).cos()
-    for sample in range(len(output)):
-        root = torch.zeros_like(output)
-        root[sample] = weights.reshape(root[sample].shape)  # uneven, so that nothing cancels
-        edges = [edge for _, edge in reached]
-        found = torch.autograd.grad(output, edges, root, retain_graph=True, allow_unused=True)
-        for (name, _), g in zip(reached, found, strict=True):
-            if g is not None:
-                strays += [(name, part.abs().sum()) for part in (g[:sample], g[sample + 1 :])]
-    if not strays:
-        return frozenset()
-    flags = (torch.stack([stray for _, stray in strays]) != 0).tolist()  # one synchronization for all layers
-    return frozenset(name for (name, _), flag in zip(strays, flags, strict=True) if flag)
+        run = _run(model, x, with_input, forward)
+    return _Run(run.output, run.target, run.calls, run.input_edge, run.graph, sum(saved.values()))
 
 
 def _misplaced(calls: Sequence[LayerCall], n: int) -> frozenset[str]:
@@ -153,6 +148,17 @@ def _misplaced(calls: Sequence[LayerCall], n: int) -> frozenset[str]:
     return frozenset(names)
 
 
+def _touched_by_others(run: _Run) -> frozenset[str]:
+    """Layers where the cotangent of one sample alone shows in another sample's row of axis 0.
+
+    Shapes cannot tell a sequence axis of the same length, or samples in another order, from the samples' axis. Each
+    sample is tried: one that reads only the matching position would pass alone.
+    """
+    reached = [(c.name, c.output_edge) for c in run.calls if c.output_edge is not None]
+    found = strays(run.output, [edge for _, edge in reached], lambda _, g, i: [g[:i], g[i + 1 :]])
+    return frozenset(reached[index][0] for index in found)
+
+
 def _check_independence(few: Tensor, among_others: Tensor) -> None:
     """Refuse a model whose output for a sample depends on the rest of its batch."""
     common = min(len(few), len(among_others))
@@ -168,59 +174,135 @@ def _check_independence(few: Tensor, among_others: Tensor) -> None:
     )
 
 
+def _widths(nodes: Iterable[Node]) -> list[int]:
+    """Entries of the outputs at which cotangents are taken."""
+    return [shapes_of(node)[0].numel() for node in nodes]
+
+
+class _Chunks:
+    """What is known about a model from a few samples: how many fit at a time, and where they lie."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        x: Any,
+        parameters: Mapping[str, Tensor],
+        with_input: bool,
+        max_memory: int,
+        forward: Forward | None,
+    ) -> None:
+        self._model, self._x, self._parameters = model, x, parameters
+        self._with_input, self._max_memory, self._forward = with_input, max_memory, forward
+        self.n = count_samples(x)
+        self.ambiguous: frozenset[str] = frozenset()
+        self._layouts: Layouts | None = None
+        self._few: _Run | None = None
+        if self.n > 1:
+            with preserve_state(model):
+                self._few = _probe(model, take(x, slice(0, 2)), parameters, with_input, forward)
+            self.ambiguous = _touched_by_others(self._few)
+
+    def size(self, cotangents: int | None, own_roots: bool) -> int:
+        """How many samples at a time."""
+        if self._few is None:
+            return self.n
+        few = self._few
+        calls, outputs = few.calls, few.output[0].numel()
+        widths = _widths(first_with_samples(few.graph, self._parameters, None)) or [0]
+        held = sum(widths) + (sum(c.inputs.numel() for c in calls) if self._with_input else 0)
+        count = outputs if cotangents is None else cotangents
+        entry = few.output.element_size()
+        widest = max(max(widths), max((c.inputs.numel() for c in calls), default=0))
+        kept = (count if self._with_input else 1) * (held // 2)
+        rooted = (3 * count if own_roots else 0) * outputs
+        per_sample = few.saved_bytes // 2 + entry * (2 * kept + 2 * widest + rooted)
+        return max(1, min(self.n, self._max_memory // max(per_sample, 1)))
+
+    def linearize(self, start: int, stop: int) -> Linearization:
+        """The chunk of these samples."""
+        part = self._x if (start, stop) == (0, self.n) else take(self._x, slice(start, stop))
+        with preserve_state(self._model):
+            run = _run(self._model, part, self._with_input, self._forward)
+        n = stop - start
+        if self._few is not None:
+            self._inspect(part, run, n)
+        layouts = self._layouts
+        doubtful = self.ambiguous | _misplaced(run.calls, n)
+        if n > 1 and (layouts is None or not layouts.match(run.graph)):
+            # other operations than in the runs that were compared: nothing is known
+            used = [name for name, p in self._parameters.items() if id(p) in run.graph.leaves]
+            uses = Uses({}, tuple(used), tuple(self._parameters.keys() - used), frozenset())
+        else:
+            known = None if n == 1 else layouts
+            uses = find_uses(run.graph, self._parameters, known, n)
+        return Linearization(
+            x=part,
+            start=start,
+            output=run.output,
+            target=run.target,
+            forward=self._forward,
+            calls=tuple(run.calls),
+            coverage=match_parameters(run.output, run.calls, self._parameters, doubtful),
+            uses=uses,
+            input_edge=run.input_edge,
+            max_memory=self._max_memory,
+            misplaced=doubtful,
+            widest=max([run.output.numel(), *_widths(uses.sites)]),
+        )
+
+    def _inspect(self, part: Any, run: _Run, n: int) -> None:
+        """With the first chunk: whether samples influence one another, and where they lie."""
+        assert self._few is not None
+        few, self._few = self._few, None
+        model, output = self._model, run.output.detach()
+        with preserve_state(model):
+            if n <= 2:  # another number of samples, to tell their axis from others
+                other = _run(model, take(self._x, [0, 1, 0]), False, self._forward)
+                first = _run(model, take(self._x, slice(0, 1)), False, self._forward).output
+            else:
+                other, first = run, few.output
+        _check_independence(first.detach(), output)
+        if n > 2:  # what only flows forward along the batch never reaches its first samples
+            with preserve_state(model):
+                last = _run(model, take(part, slice(n - 1, n)), False, self._forward).output
+            _check_independence(last.detach(), output[-1:])
+        self._layouts = compare_batches(few.graph, 2, other.graph, len(other.output))
+        if self._layouts is not None:
+            check_layouts(few.output, few.graph, self._layouts, self._parameters)
+
+
 def linearizations(
     model: nn.Module,
-    x: Tensor,
+    x: Any,
     parameters: Mapping[str, Tensor],
     *,
     with_input: bool,
     max_memory: int,
     cotangents: int | None = None,
     own_roots: bool = False,
+    forward: Forward | None = None,
 ) -> Iterator[Linearization]:
     """Forward passes over all samples, in chunks whose pull-back of ``cotangents`` vectors fits ``max_memory``.
 
     Args:
         model: in eval mode as far as it matters (:func:`flatkern.problem.check_model` has passed).
-        x: [n, ...], checked; never written to.
+        x: [n, ...], checked; never written to. With ``forward`` any batch that it understands.
         parameters: the selected ones, by name.
         with_input: also make the input's (and each layer input's) cotangents available.
         max_memory: bytes of the working set beside model and data.
         cotangents: vectors pulled back a sample; ``None``: as many as a sample's output has entries.
         own_roots: whether every sample has cotangents of its own (the identity is shared).
+        forward: (model, batch) → (output, target), instead of calling the model.
 
     Raises:
         ValueError: one sample's input rows alone exceed ``max_memory``; non-finite or random outputs.
     """
-    n = len(x)
-    ambiguous: frozenset[str] = frozenset()
-    chunk = n
-    foot = None
-    if n > 1:
-        with preserve_state(model):
-            foot = _probe(model, x, 2, parameters, with_input)
-            alone = _forward(model, x[:1], False)[0] if n == 2 else foot.output
-        ambiguous = foot.ambiguous
-        count = foot.outputs if cotangents is None else cotangents
-        size = x.element_size() if x.is_floating_point() else 4
-        kept = count * foot.held if with_input else foot.held
-        rooted = 3 * count * foot.outputs if own_roots else 0
-        per_sample = foot.saved_bytes + size * (2 * kept + 4 * foot.widest + rooted)
-        chunk = max(1, min(n, max_memory // max(per_sample, 1)))
-    for start in range(0, n, chunk):
-        part = x[start : start + chunk]
-        with preserve_state(model):
-            output, calls, edge = _forward(model, part, with_input)
-        if foot is not None and start == 0:
-            _check_independence(alone.detach(), output.detach())
-            if len(part) > 2:  # what only flows forward along the batch never reaches its first samples
-                with preserve_state(model):
-                    last = _forward(model, part[-1:], False)[0]
-                _check_independence(last.detach(), output.detach()[-1:])
-        doubtful = ambiguous | _misplaced(calls, len(part))
-        coverage = match_parameters(output, calls, parameters, doubtful)
-        yield Linearization(part, start, output, tuple(calls), coverage, edge, max_memory, doubtful)
-        del output, calls, coverage  # before the next chunk is linearized
+    chunks = _Chunks(model, x, parameters, with_input, max_memory, forward)
+    size = chunks.size(cotangents, own_roots)
+    for start in range(0, chunks.n, size):
+        lin = chunks.linearize(start, min(start + size, chunks.n))
+        yield lin
+        del lin  # before the next chunk is linearized
 
 
 def pull_back(
@@ -238,9 +320,8 @@ def pull_back(
         Blocks are batched (one vectorized backward pass) while the work is small, single otherwise.
     """
     k = len(roots)
-    widest = max((c.output_shape.numel() for c in lin.calls), default=lin.output.numel())
     cache = _CACHE_BYTES if roots.device.type == "cpu" else lin.max_memory // 16
-    block = max(1, min(k, cache // max(1, widest * roots.element_size())))
+    block = max(1, min(k, cache // max(1, lin.widest * roots.element_size())))
     for start in range(0, k, block):
         part = roots[start : start + block]
         found: tuple[Tensor | None, ...] | None = None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +12,20 @@ from torch.func import vjp, vmap
 
 from flatkern.layers.shared_weight import row_energy
 from flatkern.problem import call_with, preserve_state
+from flatkern.samples import take
 
-__all__ = ["per_sample_squared_norms"]
+Forward = Callable[[nn.Module, Any], tuple[Tensor, Any]]
+
+__all__ = ["per_sample_gradients", "per_sample_squared_norms"]
 
 
 def per_sample_squared_norms(
-    model: nn.Module, x: Tensor, roots: Tensor, parameters: Mapping[str, Tensor], max_memory: int
+    model: nn.Module,
+    x: Any,
+    roots: Tensor,
+    parameters: Mapping[str, Tensor],
+    max_memory: int,
+    forward: Forward | None = None,
 ) -> tuple[dict[str, Tensor], str]:
     """Σ_k ‖∂(s_k·f_i)/∂p‖² for every parameter p given and every sample, by forming those gradients.
 
@@ -25,48 +34,87 @@ def per_sample_squared_norms(
 
     Args:
         model: the model.
-        x: inputs [n, ...]; never written to.
+        x: inputs [n, ...], or a batch that ``forward`` understands; never written to.
         roots: cotangents s, [K, n, *output].
         parameters: by name; all of them leaves of ``model``.
         max_memory: bytes.
+        forward: (model, batch) → (output, target) where the model is not simply called; then always a loop.
 
     Returns:
         {name: float64 [n]} and how it was done (``"vmap"`` or ``"loop over samples"``).
     """
-    n, k = len(x), len(roots)
+    bytes_a_sample = 2 * len(roots) * sum(p.numel() * p.element_size() for p in parameters.values())
+    chunk = max(1, max_memory // max(1, bytes_a_sample))
+    return _per_sample(model, x, roots, parameters, forward, lambda g: row_energy(g.flatten()), True, chunk)
+
+
+def per_sample_gradients(
+    model: nn.Module, x: Any, roots: Tensor, parameters: Mapping[str, Tensor], forward: Forward | None = None
+) -> tuple[dict[str, Tensor], str]:
+    """∂(s_ik·f_i)/∂p itself, {name: [K, n, |p|]}: K·n·|p| numbers."""
+    rows, how = _per_sample(model, x, roots, parameters, forward, lambda g: g.flatten(), False, None)
+    return {name: value.transpose(0, 1) for name, value in rows.items()}, how
+
+
+def _per_sample(
+    model: nn.Module,
+    x: Any,
+    roots: Tensor,
+    parameters: Mapping[str, Tensor],
+    forward: Forward | None,
+    of: Callable[[Tensor], Tensor],
+    summed: bool,
+    chunk: int | None,
+) -> tuple[dict[str, Tensor], str]:
+    """``of`` every gradient, over cotangents summed or stacked: {name: [n, ...] or [n, K, ...]}."""
+
+    def over_cotangents(values: Tensor) -> Tensor:
+        return values.sum(0) if summed else values
+
+    def loop(output_of: Callable[[int], Tensor]) -> tuple[dict[str, Tensor], str]:
+        with preserve_state(model):
+            return _loop(output_of, roots, parameters, of, over_cotangents), "loop over samples"
+
+    if forward is not None:
+        return loop(lambda i: forward(model, take(x, slice(i, i + 1)))[0])
     primals = {name: p.detach() for name, p in parameters.items()}
-    bytes_a_sample = 2 * k * sum(p.numel() * p.element_size() for p in primals.values())
-    chunk = max(1, min(n, max_memory // max(1, bytes_a_sample)))
 
     def one_sample(x_i: Tensor, s_i: Tensor) -> dict[str, Tensor]:
         _, pull, *_ = vjp(lambda p: call_with(model, p, x_i.unsqueeze(0).clone()).squeeze(0), primals)
 
-        def squares(s: Tensor) -> dict[str, Tensor]:
-            return {name: row_energy(g.flatten()) for name, g in pull(s)[0].items()}
+        def reduced(s: Tensor) -> dict[str, Tensor]:
+            return {name: of(g) for name, g in pull(s)[0].items()}
 
-        return {name: v.sum(0) for name, v in vmap(squares)(s_i).items()}
+        return {name: over_cotangents(v) for name, v in vmap(reduced)(s_i).items()}
 
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*performance drop.*")  # slower, still right
             # nothing outside is differentiated: recording would keep every sample's gradients
             with torch.no_grad(), preserve_state(model):
-                norms = vmap(one_sample, chunk_size=chunk)(x.detach(), roots.movedim(0, 1))
+                found = vmap(one_sample, chunk_size=chunk)(x.detach(), roots.movedim(0, 1))
     except (RuntimeError, ValueError, NotImplementedError):
         # control flow on data, in-place operations, operators without a batching rule
-        with preserve_state(model):
-            return _loop(model, x, roots, parameters), "loop over samples"
-    return {name: v.detach() for name, v in norms.items()}, "vmap"
+        return loop(lambda i: model(x[i : i + 1].detach().clone()))
+    return {name: v.detach() for name, v in found.items()}, "vmap"
 
 
-def _loop(model: nn.Module, x: Tensor, roots: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _loop(
+    output_of: Callable[[int], Tensor],
+    roots: Tensor,
+    parameters: Mapping[str, Tensor],
+    of: Callable[[Tensor], Tensor],
+    over_cotangents: Callable[[Tensor], Tensor],
+) -> dict[str, Tensor]:
     tensors = list(parameters.values())
-    norms = {name: torch.zeros(len(x), dtype=torch.float64, device=x.device) for name in parameters}
-    for i in range(len(x)):
-        output = model(x[i : i + 1].detach().clone())
+    found: dict[str, list[Tensor]] = {name: [] for name in parameters}
+    for i in range(roots.shape[1]):
+        output = output_of(i)
+        values: dict[str, list[Tensor]] = {name: [] for name in parameters}
         for root in roots[:, i : i + 1]:
             grads = torch.autograd.grad(output, tensors, root, retain_graph=True, allow_unused=True)
-            for name, g in zip(parameters, grads, strict=True):
-                if g is not None:
-                    norms[name][i] += row_energy(g.flatten())
-    return norms
+            for (name, p), g in zip(parameters.items(), grads, strict=True):
+                values[name].append(of(torch.zeros_like(p) if g is None else g))
+        for name, parts in values.items():
+            found[name].append(over_cotangents(torch.stack(parts)).detach())
+    return {name: torch.stack(parts) for name, parts in found.items()}

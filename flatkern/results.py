@@ -40,6 +40,8 @@ class Estimate:
     """One value a data sample, [n], float64, whose (weighted) mean is ``value``."""
     per_layer: Mapping[str, float] | None = field(default=None, repr=False)
     """The value split by layer, where it is a sum over layers and the split was asked for."""
+    per_parameter: Mapping[str, float] | None = field(default=None, repr=False)
+    """Likewise by parameter."""
     notes: tuple[str, ...] = ()
     dof: int | None = None
     """Degrees of freedom of ``stderr``, where it was itself estimated from so many independent values less one."""
@@ -83,6 +85,8 @@ class PerSample:
     stderr: float = 0.0
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
+    per_layer: Mapping[str, Tensor] | None = field(default=None, repr=False)
+    """``values`` split by layer, [n] each, where they are sums over layers and the split was asked for."""
 
     @property
     def rank_deficient(self) -> int:

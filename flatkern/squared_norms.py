@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from flatkern.layers.rule import Cotangent
 from flatkern.linearize import Linearization, pull_back
 from flatkern.per_sample import per_sample_squared_norms
 
@@ -55,36 +56,37 @@ def parameter_squared_norms(
 ) -> SquaredNorms:
     """Pull ``roots`` [K, n, *output] back once and collect ghost norms, rows and the exact fall-back.
 
-    Every parameter of ``parameters`` is in the result: by a layer rule, by the fall-back, or as zeros because the
-    output does not depend on it.
+    Every parameter of ``parameters`` is in the result: by rules, by the fall-back, or as zeros because the output
+    does not depend on it.
     """
     n, device = lin.n, lin.output.device
     norms = {name: torch.zeros(n, dtype=torch.float64, device=device) for name in parameters}
-    covered = lin.coverage.by_call
-    edges = [call.output_edge for call, _ in covered if call.output_edge is not None]
+    sites = lin.uses.sites
+    edges = [GradientEdge(node, 0) for node in sites]
     rows: list[Tensor | None] = [None] * len(extra)
     if lin.output.grad_fn is not None and (edges or extra):
-        prepared, allowance = [], lin.max_memory // 8
-        for call, _ in covered:
-            prepared.append(call.rule.prepare(call.module, call.checked_inputs(), allowance))
-            if (last := prepared[-1]) is not None:
-                allowance -= last.numel() * last.element_size()
         for block, found in pull_back(lin, roots, [*edges, *extra]):
-            for (call, names), ready, cotangent in zip(covered, prepared, found, strict=False):
-                if cotangent is None:
-                    continue
-                squares = call.rule.squared_norms(
-                    call.module, call.checked_inputs(), cotangent, tuple(names), lin.max_memory, ready
-                )
-                for local, name in names.items():
-                    norms[name] += squares[local]
+            cotangents = {
+                node: Cotangent(g, site)
+                for (node, site), g in zip(sites.items(), found, strict=False)
+                if g is not None
+            }
+            with torch.no_grad():
+                for name in lin.uses.by_parameter:
+                    for term in lin.uses.terms(name, parameters[name], cotangents):
+                        norms[name] += term.squared_norms(lin.max_memory)
             for index, cotangent in enumerate(found[len(edges) :]):
                 if cotangent is not None:
                     rows[index] = with_rows(rows[index], cotangent, block, len(roots))
-    notes: tuple[str, ...] = ()
-    if lin.coverage.uncovered:
-        left = {name: parameters[name] for name in lin.coverage.uncovered}
-        squares, how = per_sample_squared_norms(model, lin.x, roots, left, lin.max_memory)
+            del found, cotangents
+    notes = []
+    if lin.uses.derived:
+        notes.append(
+            f"per-sample gradients formed (of weights computed from others) for {', '.join(sorted(lin.uses.derived))}"
+        )
+    if lin.uses.uncovered:
+        left = {name: parameters[name] for name in lin.uses.uncovered}
+        squares, how = per_sample_squared_norms(model, lin.x, roots, left, lin.max_memory, lin.forward)
         norms.update(squares)
-        notes = (f"per-sample gradients formed ({how}) for {', '.join(left)}",)
-    return SquaredNorms(norms, tuple(rows), notes)
+        notes.append(f"per-sample gradients formed ({how}) for {', '.join(left)}")
+    return SquaredNorms(norms, tuple(rows), tuple(notes))

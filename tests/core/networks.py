@@ -229,3 +229,239 @@ def input_jacobian(model: nn.Module, x: Tensor) -> Tensor:
             torch.stack([torch.autograd.grad(e, point, retain_graph=True)[0].flatten() for e in output])
         )
     return torch.stack(rows)
+
+
+class CrossAttention(nn.Module):
+    """Queries of learned tokens against the sequence: split projections, key and value of one input."""
+
+    def __init__(self):
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(1, 2, 6))
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True, add_bias_kv=True)
+        self.norm, self.head = nn.RMSNorm(6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.queries.expand(len(x), -1, -1)
+        mixed, _ = self.attention(q, x, x, need_weights=False)
+        return self.head(self.norm(mixed + q)[:, 0])
+
+
+class SequenceFirst(nn.Module):
+    """Attention and a recurrence that have the samples on axis 1 inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.transpose(0, 1)
+        return self.head(torch.tanh(self.attention(h, h, h)[0])).sum(0)
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer's last state."""
+
+    def __init__(self, layer: nn.RNNBase):
+        super().__init__()
+        self.layer = layer
+        self.head = nn.Linear(layer.hidden_size * (2 if layer.bidirectional else 1), 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x)[0][:, -1])
+
+
+class TinyGPT(nn.Module):
+    """A pre-norm block with causal attention, weights as [in, out], and the token table as its head."""
+
+    def __init__(self, vocabulary: int = 11, width: int = 6, length: int = 5, tied: bool = True):
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv = nn.Parameter(0.5 * torch.randn(width, 3 * width))
+        self.qkv_bias = nn.Parameter(0.1 * torch.randn(3 * width))
+        self.up, self.down = nn.Linear(width, 8), nn.Linear(8, width, bias=False)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        if tied:
+            self.head.weight = self.tokens.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        n, length = tokens.shape
+        h = self.tokens(tokens) + self.places(torch.arange(length, device=tokens.device))
+        a = self.norm1(h)
+        qkv = torch.addmm(self.qkv_bias, a.view(-1, a.shape[-1]), self.qkv).view(n, length, -1)
+        q, k, v = (part.view(n, length, 2, -1).transpose(1, 2) for part in qkv.chunk(3, -1))
+        h = h + F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        return self.head(h + self.down(F.gelu(self.up(self.norm2(h)))))
+
+
+class LowRank(nn.Module):
+    """W₀ x + B A x, as two layers or merged into one weight."""
+
+    def __init__(self, merged: bool):
+        super().__init__()
+        self.base = nn.Linear(5, 4)
+        self.base.weight.requires_grad_(False)
+        self.a, self.b = nn.Parameter(torch.randn(2, 5)), nn.Parameter(torch.randn(4, 2))
+        self.head, self.merged = nn.Linear(4, 3), merged
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged:
+            z = F.linear(x, self.base.weight + 0.5 * self.b @ self.a, self.base.bias)
+        else:
+            z = self.base(x) + 0.5 * (x @ self.a.T) @ self.b.T
+        return self.head(torch.tanh(z))
+
+
+class Siamese(nn.Module):
+    """One encoder on two halves of the input, and its transposed weight as a decoder."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.bias = nn.Linear(4, 3), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.encoder(x[:, :4])) * torch.tanh(self.encoder(x[:, 4:]))
+        return F.linear(h, self.encoder.weight.T, self.bias)
+
+
+class Direct(nn.Module):
+    """Parameters added, multiplied, divided by, sliced, squared, and as a matrix on the left."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.rand(4) + 1), nn.Parameter(torch.randn(3, 1))
+        self.places, self.temperature = nn.Parameter(torch.randn(1, 5, 4)), nn.Parameter(torch.tensor(1.3))
+        self.mix, self.vector = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.randn(6))
+        self.kept = nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = (x * self.scale - self.shift) / self.temperature + self.places[:, : x.shape[1]]
+        h = torch.tanh(h / self.scale) * F.softplus(self.scale)
+        mixed = (self.mix @ h.mT).flatten(1)  # [n, 2·3]
+        return torch.stack([mixed @ self.vector, torch.sin(mixed + self.kept[:6]) @ self.kept.square()], 1)
+
+
+class Frames(nn.Module):
+    """A convolution on frames folded into the batch axis, and its transposed partner with the same weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 2)
+        self.norm = nn.InstanceNorm2d(2, affine=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, frames = x.shape[:2]
+        h = self.norm(self.conv(x.flatten(0, 1).unsqueeze(1)))
+        h = F.conv_transpose2d(torch.tanh(h), self.conv.weight, stride=2)
+        return h.reshape(n, frames, -1).mean((1, 2)).unsqueeze(1)
+
+
+class Bags(nn.Module):
+    """Token bags by sum and by mean, with a padding token and weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = nn.EmbeddingBag(7, 3, padding_idx=2)
+        self.sum = nn.EmbeddingBag(7, 3, mode="sum")
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        weights = torch.linspace(0.5, 1.5, tokens.shape[1], dtype=self.head.weight.dtype)
+        weights = weights.expand(tokens.shape).contiguous()
+        return self.head(torch.tanh(self.mean(tokens)) + self.sum(tokens, per_sample_weights=weights).sin())
+
+
+class ClassToken(nn.Module):
+    """Patches by convolution, a class token and places, pre-norm attention, the class token's head."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch = nn.Conv2d(1, 8, 2, stride=2)
+        self.token, self.places = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(1, 5, 8))
+        self.block = nn.TransformerEncoderLayer(8, 2, 12, 0.0, batch_first=True, norm_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.patch(x).flatten(2).transpose(1, 2)
+        h = torch.cat([self.token.expand(len(h), -1, -1), h], 1) + self.places
+        return self.head(self.block(h)[:, 0])
+
+
+def rule_networks() -> dict[str, tuple[nn.Module, Tensor]]:
+    """Name → (float64 model, inputs): every operation that has a rule, in every setting."""
+    torch.manual_seed(2)
+
+    def flat(*layers: nn.Module) -> nn.Sequential:
+        return nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(2))
+
+    def conv(layer: nn.Module, *size: int) -> tuple[nn.Module, Tensor]:
+        model, x = flat(layer, nn.Tanh()), torch.randn(3, layer.in_channels, *size)
+        model(x)
+        return model, x
+
+    bn = nn.BatchNorm2d(3)
+    bn.running_mean, bn.running_var = torch.randn(3), torch.rand(3) + 0.5
+    images = torch.randn(3, 4, 3, 3)
+    zoo: dict[str, tuple[nn.Module, Tensor]] = {
+        "conv1d reflect": conv(nn.Conv1d(2, 4, 3, padding=2, padding_mode="reflect", stride=2), 6),
+        "conv2d uneven": conv(
+            nn.Conv2d(4, 6, (2, 3), stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2), 5, 7
+        ),
+        "conv2d replicate": conv(nn.Conv2d(2, 2, 3, padding=1, padding_mode="replicate", bias=False), 4, 4),
+        "conv3d groups": conv(nn.Conv3d(2, 4, 2, groups=2, stride=2, padding=1, dilation=2), 4, 4, 4),
+        "depthwise": conv(nn.Conv2d(3, 6, 3, groups=3, padding="same"), 4, 4),
+        "transposed 1d": conv(nn.ConvTranspose1d(2, 4, 3, stride=2, padding=1, output_padding=1), 5),
+        "transposed 2d": conv(nn.ConvTranspose2d(4, 4, (2, 3), stride=2, groups=2, dilation=2), 3, 3),
+        "transposed 3d": conv(nn.ConvTranspose3d(2, 2, 2, stride=2, bias=False), 2, 2, 2),
+        "layer norm": (flat(nn.Linear(4, 6), nn.LayerNorm((2, 6)), nn.SiLU()), torch.randn(3, 2, 4)),
+        "layer norm no bias": (flat(nn.LayerNorm(4, bias=False), nn.Tanh()), torch.randn(3, 2, 4)),
+        "norms without affine": (
+            flat(
+                nn.Conv2d(4, 4, 2),
+                nn.GroupNorm(2, 4, affine=False),
+                nn.LayerNorm(2, elementwise_affine=False),
+            ),
+            images,
+        ),
+        "batch norm": (flat(nn.Conv2d(4, 3, 2), bn, nn.Tanh()).eval(), images),
+        "batch norm 1d": (flat(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Tanh()).eval(), torch.randn(4, 4)),
+        "group norm": (flat(nn.GroupNorm(2, 4), nn.Tanh()), images),
+        "instance norm": (flat(nn.InstanceNorm2d(4, affine=True), nn.Tanh()), images),
+        "rms norm": (flat(nn.Linear(4, 6), nn.RMSNorm(6), nn.Tanh()), torch.randn(3, 2, 4)),
+        "prelu": (flat(nn.Conv2d(4, 3, 2), nn.PReLU(3), nn.Flatten(), nn.PReLU()), images),
+        "four axes": (flat(nn.Linear(3, 2), nn.Tanh()), torch.randn(3, 2, 2, 2, 3)),
+        "bilinear": (nn.Sequential(nn.Linear(4, 4), _Twice(nn.Bilinear(4, 4, 2))), torch.randn(3, 4)),
+        "cross attention": (CrossAttention(), torch.randn(3, 4, 6)),
+        "sequence first": (SequenceFirst(), torch.randn(3, 5, 4)),
+        "rnn": (Recurrent(nn.RNN(3, 4, 2, batch_first=True)), torch.randn(3, 5, 3)),
+        "lstm": (Recurrent(nn.LSTM(3, 4, batch_first=True, bidirectional=True)), torch.randn(3, 4, 3)),
+        "gru": (Recurrent(nn.GRU(3, 4, batch_first=True)), torch.randn(3, 4, 3)),
+        "gpt tied": (TinyGPT(), torch.randint(11, (3, 5))),
+        "gpt untied": (TinyGPT(tied=False), torch.randint(11, (3, 4))),
+        "lora": (LowRank(merged=False), torch.randn(4, 5)),
+        "lora merged": (LowRank(merged=True), torch.randn(4, 5)),
+        "siamese": (Siamese(), torch.randn(4, 8)),
+        "direct": (Direct(), torch.randn(4, 3, 4)),
+        "frames": (Frames(), torch.randn(3, 3, 3, 3)),
+        "bags": (Bags(), torch.randint(7, (4, 5))),
+        "class token": (ClassToken(), torch.randn(3, 1, 4, 4)),
+    }
+    for model, x in zoo.values():
+        model(x)  # lazy layers get their shapes
+        for module in model.modules():  # not the ones and zeros of the defaults
+            if isinstance(getattr(module, "weight", None), nn.Parameter) and module.weight.ndim == 1:
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+    return {name: (m.double(), x.double() if x.is_floating_point() else x) for name, (m, x) in zoo.items()}
+
+
+class _Twice(nn.Module):
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x, torch.tanh(x))
+
+
+RULE_NAMES = tuple(rule_networks())

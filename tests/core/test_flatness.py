@@ -8,7 +8,7 @@ from torch import nn
 
 import flatkern as fk
 from flatkern.layers.shared_weight import cheaper_form, weight_squared_norms
-from tests.core.networks import NAMES, networks, parameter_jacobian
+from tests.core.networks import NAMES, RULE_NAMES, networks, parameter_jacobian, rule_networks
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -36,18 +36,33 @@ def test_sharpness_of_a_subset_of_parameters():
     torch.testing.assert_close(got.per_sample, want)
 
 
-@pytest.mark.parametrize(
-    "name", ["functional", "layer and functional", "attention", "one module twice", "weight norm"]
-)
-def test_what_no_rule_covers_is_counted_and_said(name):
-    model, x = networks()[name]
-    assert "per-sample gradients formed" in fk.sharpness(model, x).notes[0]
+@pytest.mark.parametrize("name", RULE_NAMES)
+@pytest.mark.parametrize("max_memory", [None, 30_000])
+def test_every_rule_against_the_explicit_jacobian(name, max_memory):
+    model, x = rule_networks()[name]
+    exact = {p: j.square().sum((1, 2)) for p, j in parameter_jacobian(model, x).items()}
+    s = fk.sharpness(model, x, method="exact", per_parameter=True, max_memory=max_memory)
+    torch.testing.assert_close(s.per_sample, sum(exact.values()), rtol=1e-9, atol=1e-12)
+    means = {p: float(values.mean()) for p, values in exact.items()}
+    assert s.per_parameter == pytest.approx(means, rel=1e-9, abs=1e-12)  # every parameter is there
+    one = fk.sharpness(model, x[:1], method="exact")  # a single sample needs no axis of samples
+    torch.testing.assert_close(one.per_sample, s.per_sample[:1], rtol=1e-9, atol=1e-12)
 
 
-def test_layers_with_rules_need_no_fallback():
-    for name in ("mlp tanh", "vgg", "conv1d groups dilation", "conv3d", "token-wise", "skip"):
-        model, x = networks()[name]
-        assert fk.sharpness(model, x).notes == ()
+FORMED = {"weight norm", "lora merged", "direct", "bilinear"}
+"""Networks that need gradients formed: weights computed from others, and the one operation without a rule."""
+
+
+def test_only_these_networks_form_gradients():
+    zoo = {**networks(), **rule_networks()}
+    assert {name for name, (model, x) in zoo.items() if fk.sharpness(model, x).notes} == FORMED
+
+
+def test_what_no_rule_covers_is_counted_and_said():
+    model, x = rule_networks()["bilinear"]
+    assert fk.sharpness(model, x).notes == ("per-sample gradients formed (vmap) for 1.layer.weight",)
+    model, x = networks()["weight norm"]
+    assert "of weights computed from others" in fk.sharpness(model, x).notes[0]
 
 
 def _losses():

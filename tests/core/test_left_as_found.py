@@ -21,6 +21,8 @@ QUANTITIES = {
     "max_sensitivity": fk.max_sensitivity,
     "local_dimensionality": fk.local_dimensionality,
     "ggn_trace": lambda m, x: fk.ggn_trace(m, nn.MSELoss(), (x, torch.zeros_like(m(x.clone())))),
+    "sketch": lambda m, x: fk.sharpness(m, x, method="sketch", samples=2),
+    "gradient_norms": lambda m, x: fk.gradient_norms(m, nn.MSELoss(), (x, torch.zeros_like(m(x.clone())))),
 }
 
 
@@ -188,8 +190,12 @@ def test_arguments():
         fk.log_volume(model, x, rank=3)
     with pytest.raises(ValueError, match="'wieght' matches no parameter"):
         fk.sharpness(model, x, params="wieght")
-    with pytest.raises(ValueError, match="no closed-form output Hessian"):
-        fk.ggn_trace(model, lambda f, y: (f - y).abs().sum(), (x, torch.zeros(4, 2)), reduction="sum")
+    with pytest.raises(ValueError, match="not convex in the output: sample"):
+        fk.ggn_trace(model, lambda f, y: (f - y).cos().sum(), (x, x[:, :2]), reduction="sum")
+    with pytest.raises(ValueError, match="NLLLoss is linear"):
+        fk.ggn_trace(model, nn.NLLLoss(), (x, torch.zeros(4, dtype=torch.long)))
+    with pytest.raises(ValueError, match="method: expected 'auto'"):
+        fk.sharpness(model, x, method="fast")
     with pytest.raises(ValueError, match="lazy parameter"):
         fk.sharpness(nn.Sequential(nn.LazyLinear(3)), x)
     model.requires_grad_(False)
