@@ -24,6 +24,7 @@ from flatkern.geometry import Geometry, LayerGeometry, geometry
 from flatkern.max_eigenvalue import MaxEigenvalue, max_eigenvalue
 from flatkern.operators import LinearOperator, fisher, ggn, hessian, hvp, jacobian
 from flatkern.results import Estimate, PerSample
+from flatkern.traces import HessianTrace, hessian_trace
 from flatkern.volume import local_dimensionality, log_volume, max_sensitivity
 
 try:
@@ -37,6 +38,7 @@ __all__ = [
     "Estimate",
     "FunctionTrace",
     "Geometry",
+    "HessianTrace",
     "Inequality",
     "LayerGeometry",
     "LinearOperator",
@@ -52,6 +54,7 @@ __all__ = [
     "ggn",
     "ggn_trace",
     "hessian",
+    "hessian_trace",
     "hvp",
     "jacobian",
     "kernels",
