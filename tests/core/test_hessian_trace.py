@@ -68,7 +68,7 @@ def test_sites_equal_double_backward(name: str, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("name", SMOOTH)
 def test_unbiased(name: str) -> None:
     model, x, y = problem(name)
-    found = fk.hessian_trace(model, nn.CrossEntropyLoss(), (x, y), samples=500, seed=11)
+    found = fk.hessian_trace(model, nn.CrossEntropyLoss(), (x, y), samples=160, seed=11)
     assert abs(found.value - truth(name)) < 4.5 * found.stderr + 1e-9, (found, truth(name))
     assert set(found.exact) | set(found.sampled) == {n for n, _ in model.named_parameters()}
     assert found.converged
@@ -76,7 +76,7 @@ def test_unbiased(name: str) -> None:
         # the samples' own spread and that of the probes tell the same error
         assert found.samples is not None
         spread = float(found.samples.std()) / len(found.samples) ** 0.5
-        assert abs(found.stderr - spread) < 0.25 * spread + 1e-9
+        assert abs(found.stderr - spread) < 0.3 * spread + 1e-9
 
 
 @pytest.mark.slow
@@ -176,7 +176,7 @@ def test_tokens() -> None:
 def test_per_layer(name: str) -> None:
     model, x, y = problem(name)
     diagonal = hessian_diagonal(model, nn.CrossEntropyLoss(), x, y)
-    found = fk.hessian_trace(model, nn.CrossEntropyLoss(), (x, y), samples=300, seed=4, per_layer=True)
+    found = fk.hessian_trace(model, nn.CrossEntropyLoss(), (x, y), samples=80, seed=4, per_layer=True)
     assert found.per_layer is not None
     assert found.per_layer_stderr is not None
     assert sum(found.per_layer.values()) == pytest.approx(found.value, rel=1e-9)
@@ -192,7 +192,7 @@ def test_selected_parameters() -> None:
     model, x, y = problem("transformer")
     diagonal = hessian_diagonal(model, nn.CrossEntropyLoss(), x, y)
     names = ["embed.weight", "encoder.linear1.bias", "encoder.norm1.weight"]
-    found = fk.hessian_trace(model, nn.CrossEntropyLoss(), (x, y), params=names, samples=500, seed=1)
+    found = fk.hessian_trace(model, nn.CrossEntropyLoss(), (x, y), params=names, samples=150, seed=1)
     true = sum(float(diagonal[n].sum()) for n in names)
     assert abs(found.value - true) < 4.5 * found.stderr
 
