@@ -23,8 +23,8 @@ from flatkern.flatness import ggn_trace, sharpness
 from flatkern.geometry import Geometry, LayerGeometry, geometry
 from flatkern.max_eigenvalue import MaxEigenvalue, max_eigenvalue
 from flatkern.operators import LinearOperator, fisher, ggn, hessian, hvp, jacobian
-from flatkern.results import Estimate, PerSample
-from flatkern.traces import HessianTrace, hessian_trace
+from flatkern.results import Estimate, HessianTrace, PerSample
+from flatkern.traces import hessian_trace
 from flatkern.volume import local_dimensionality, log_volume, max_sensitivity
 
 try:

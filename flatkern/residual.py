@@ -1,6 +1,6 @@
 """The residual Σ_i r_i·∇²f_i on a chunk of samples: what the Hessian's trace has beyond the Gauss-Newton part.
 
-Two ways to the quadratic form uᵀ∇²(r·f)u of one joint random change u at every entry (:mod:`flatkern.entries`):
+Two ways to the quadratic form uᵀ∇²(r·f)u of one joint random change u at every entry (:mod:`flatkern.changes`):
 sites (:mod:`flatkern.tangents`), where every operation has a rule; and a double backward pass through the recorded
 operations, for all others, which also splits the value by layer.
 """
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from flatkern.affine import Degree, degrees, hidden_parameters
-from flatkern.entries import Draws, Entry, find_entries
+from flatkern.changes import Draws, Entry
+from flatkern.entries import find_entries
 from flatkern.problem import check_output, preserve_state
 from flatkern.sample_axis import SampleAxis, check_alike
 from flatkern.squared_norms import layer_of

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import flatkern as fk
 import flatkern.residual as residual_module
-from flatkern.entries import Draws
+from flatkern.changes import Draws
 from flatkern.residual import Chunk, Sites, Twice, linearize
 from flatkern.sample_axis import sample_axes
 from tests.core.curved_networks import Lambda, piecewise_affine, smooth
@@ -84,14 +84,15 @@ def test_unbiased(name: str) -> None:
 def test_z_scores(name: str) -> None:
     model, x, y = problem(name)
     z = []
-    for seed in range(60):
-        found = fk.hessian_trace(model, nn.CrossEntropyLoss(), (x, y), samples=20, seed=seed)
+    for seed in range(40):
+        # the probes' values have long tails: few of them would give error bars that are too short too often
+        found = fk.hessian_trace(model, nn.CrossEntropyLoss(), (x, y), samples=100, seed=seed)
         z.append((found.value - truth(name)) / max(found.stderr, 1e-12))
     scores = torch.tensor(z)
     if float(scores.abs().max()) > 100:
         scores = scores * 0 if abs(found.value - truth(name)) < 1e-9 else scores
-    assert abs(float(scores.mean())) < 4 / 60**0.5
-    assert float(scores.std()) < 1.35
+    assert abs(float(scores.mean())) < 4 / 40**0.5
+    assert float(scores.std()) < 1.4
 
 
 def test_covers_with_two_probes_and_many_samples() -> None:
