@@ -25,7 +25,8 @@ from flatkern.flatness import ggn_trace, gradient_norms, sharpness
 from flatkern.geometry import Geometry, LayerGeometry, geometry
 from flatkern.max_eigenvalue import MaxEigenvalue, max_eigenvalue
 from flatkern.operators import LinearOperator, fisher, ggn, hessian, hvp, jacobian
-from flatkern.results import Estimate, PerSample
+from flatkern.results import Estimate, HessianTrace, PerSample
+from flatkern.traces import hessian_trace
 from flatkern.volume import local_dimensionality, log_volume, max_sensitivity
 
 try:
@@ -40,6 +41,7 @@ __all__ = [
     "Estimate",
     "FunctionTrace",
     "Geometry",
+    "HessianTrace",
     "Inequality",
     "LayerGeometry",
     "LinearOperator",
@@ -57,6 +59,7 @@ __all__ = [
     "ggn_trace",
     "gradient_norms",
     "hessian",
+    "hessian_trace",
     "hvp",
     "jacobian",
     "kernels",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flatkern.student import student_quantile
 
-__all__ = ["Estimate", "PerSample"]
+__all__ = ["Estimate", "HessianTrace", "PerSample"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,18 @@ class Estimate:
             raise ValueError(f"level: expected a number between 0 and 1, got {level!r}")
         reach = student_quantile((1 + level) / 2, self.dof) * self.stderr if self.stderr else 0.0
         return self.value - reach, self.value + reach
+
+
+@dataclass(frozen=True)
+class HessianTrace(Estimate):
+    """An :class:`Estimate` that also says which parameters were exact, and why the others were not."""
+
+    exact: tuple[str, ...] = ()
+    """Parameters whose part is exact: the outputs are piecewise affine in each of their entries."""
+    sampled: Mapping[str, str] = field(default_factory=dict)
+    """The other parameters, with the reason."""
+    per_layer_stderr: Mapping[str, float] | None = field(default=None, repr=False)
+    """The estimator's standard error of each layer's part."""
 
 
 @dataclass(frozen=True)

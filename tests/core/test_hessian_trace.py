@@ -1,0 +1,327 @@
+"""fk.hessian_trace against explicit float64 Hessians: unbiased, error bars that cover, exact where it says so."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import flatkern as fk
+import flatkern.residual as residual_module
+from flatkern.changes import Draws
+from flatkern.residual import Chunk, Sites, Twice, linearize
+from flatkern.sample_axis import sample_axes
+from tests.core.curved_networks import Lambda, piecewise_affine, smooth
+from tests.core.explicit_diagonals import hessian_diagonal
+
+torch.set_num_threads(1)
+SMOOTH = sorted(smooth())
+# one operation of these has no tangent rule, or a parameter's use is not understood
+NO_SITES = {"weight product", "vector norm"}
+PLAIN_PART = {"weight product", "scale, shift, temperature"}
+
+
+class Keyed(Draws):
+    """Signs that depend on the probe and the key alone, not on the order of drawing."""
+
+    probe = 0
+
+    def signs(self, key: tuple[object, ...], shape: tuple[int, ...]) -> Tensor:
+        if key not in self._drawn:
+            source = torch.Generator().manual_seed(hash((key, self.probe)) % (1 << 40))
+            self._drawn[key] = torch.randint(0, 2, shape, generator=source).to(self._like) * 2 - 1
+        return self._drawn[key]
+
+
+def problem(name: str) -> tuple[nn.Module, Tensor, Tensor]:
+    model, x = smooth()[name]
+    return model.double(), x.double() if x.is_floating_point() else x, torch.arange(len(x)) % 3
+
+
+def chunk_of(model: nn.Module, x: Tensor) -> tuple[Chunk, Tensor]:
+    parameters = dict(model.named_parameters())
+    chunk = linearize(model, x, parameters, *sample_axes(model, x, parameters))
+    return chunk, torch.randn(chunk.output.shape, dtype=torch.float64)
+
+
+@cache
+def truth(name: str) -> float:
+    model, x, y = problem(name)
+    return sum(float(d.sum()) for d in hessian_diagonal(model, nn.CrossEntropyLoss(), x, y).values())
+
+
+@pytest.mark.parametrize("name", [n for n in SMOOTH if n not in NO_SITES])
+def test_sites_equal_double_backward(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, _ = problem(name)
+    chunk, r = chunk_of(model, x)
+    sites, twice = Sites(chunk, r, local=False), Twice(chunk, r)
+    monkeypatch.setattr(residual_module, "Draws", Keyed)
+    for probe in range(3):
+        Keyed.probe = probe
+        a, b = (e.draw(torch.Generator()) for e in (sites, twice))
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_unbiased(name: str) -> None:
+    model, x, y = problem(name)
+    found = fk.hessian_trace(model, nn.CrossEntropyLoss(), (x, y), samples=160, seed=11)
+    assert abs(found.value - truth(name)) < 4.5 * found.stderr + 1e-9, (found, truth(name))
+    assert set(found.exact) | set(found.sampled) == {n for n, _ in model.named_parameters()}
+    assert found.converged
+    if name not in PLAIN_PART:
+        # the samples' own spread and that of the probes tell the same error
+        assert found.samples is not None
+        spread = float(found.samples.std()) / len(found.samples) ** 0.5
+        assert abs(found.stderr - spread) < 0.3 * spread + 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMOOTH)
+def test_z_scores(name: str) -> None:
+    model, x, y = problem(name)
+    z = []
+    for seed in range(40):
+        # the probes' values have long tails: few of them would give error bars that are too short too often
+        found = fk.hessian_trace(model, nn.CrossEntropyLoss(), (x, y), samples=100, seed=seed)
+        z.append((found.value - truth(name)) / max(found.stderr, 1e-12))
+    scores = torch.tensor(z)
+    if float(scores.abs().max()) > 100:
+        scores = scores * 0 if abs(found.value - truth(name)) < 1e-9 else scores
+    assert abs(float(scores.mean())) < 4 / 40**0.5
+    assert float(scores.std()) < 1.4
+
+
+def test_covers_with_two_probes_and_many_samples() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 3)).double()
+    x, y = torch.randn(200, 6, dtype=torch.float64), torch.randint(3, (200,))
+    true = sum(float(d.sum()) for d in hessian_diagonal(model, nn.CrossEntropyLoss(), x, y).values())
+    runs = [fk.hessian_trace(model, nn.CrossEntropyLoss(), (x, y), samples=2, seed=s) for s in range(60)]
+    z = torch.tensor([(r.value - true) / r.stderr for r in runs])
+    assert abs(float(z.mean())) < 0.5
+    assert 0.75 < float(z.std()) < 1.3
+
+
+@pytest.mark.parametrize("name", sorted(piecewise_affine()))
+def test_piecewise_affine_is_exact(name: str) -> None:
+    model, x = piecewise_affine()[name]
+    model, x = model.double(), x.double() if x.is_floating_point() else x
+    y = torch.arange(len(x)) % 3
+    true = sum(float(d.sum()) for d in hessian_diagonal(model, nn.CrossEntropyLoss(), x, y).values())
+    found = fk.hessian_trace(model, nn.CrossEntropyLoss(), (x, y))
+    assert found.stderr == 0
+    assert found.sampled == {}
+    assert abs(found.value - true) < 1e-9 * max(1, abs(true))
+    assert "exact" in found.method
+
+
+def test_one_hidden_layer_needs_no_sampling() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.SiLU(), nn.Linear(6, 3)).double()
+    x, y = torch.randn(7, 4, dtype=torch.float64), torch.arange(7) % 3
+    true = sum(float(d.sum()) for d in hessian_diagonal(model, nn.CrossEntropyLoss(), x, y).values())
+    found = fk.hessian_trace(model, nn.CrossEntropyLoss(), (x, y), seed=0)
+    assert found.stderr == 0
+    assert abs(found.value - true) < 1e-9
+    assert set(found.sampled) == {"0.weight", "0.bias"}
+    assert "closed form" in found.method
+
+
+def _losses() -> dict[str, tuple[nn.Module, Tensor]]:
+    torch.manual_seed(2)
+    labels = torch.tensor([0, 2, 1, 2, 0, 1])
+    ignored = labels.clone()
+    ignored[1] = -100
+    weights = torch.tensor([1.0, 3.0, 0.5], dtype=torch.float64)
+    return {
+        "weights, smoothing, ignored": (nn.CrossEntropyLoss(weight=weights, label_smoothing=0.2), ignored),
+        "sum": (nn.CrossEntropyLoss(reduction="sum"), labels),
+        "probabilities": (nn.CrossEntropyLoss(), torch.randn(6, 3).double().softmax(1)),
+        "mse": (nn.MSELoss(), torch.randn(6, 3).double()),
+        "bce": (nn.BCEWithLogitsLoss(pos_weight=weights), torch.rand(6, 3).double()),
+        "huber": (nn.HuberLoss(delta=0.4), torch.randn(6, 3).double()),
+    }
+
+
+@pytest.mark.parametrize("name", _losses())
+@pytest.mark.parametrize("batched", [False, True])
+def test_losses_and_ragged_batches(name: str, batched: bool) -> None:
+    model, x, _ = problem("tanh mlp")
+    loss, y = _losses()[name]
+    true = sum(float(d.sum()) for d in hessian_diagonal(model, loss, x, y).values())
+    data = [(x[:4], y[:4]), (x[4:], y[4:])] if batched else (x, y)
+    found = fk.hessian_trace(model, loss, data, samples=400, seed=3)
+    assert found.stderr > 0
+    assert abs(found.value - true) < 4.5 * found.stderr
+
+
+def test_tokens() -> None:
+    torch.manual_seed(0)
+    model = Lambda(
+        lambda m, t: F.linear(F.gelu(m.f(F.silu(m.e(t)))), m.e.weight),
+        e=nn.Embedding(7, 6),
+        f=nn.Linear(6, 6),
+    ).double()
+    x, y = torch.randint(7, (4, 5)), torch.randint(7, (4, 5))
+    y[0, :2] = -100
+    loss = fk.losses.TokenCrossEntropyLoss()
+    true = sum(float(d.sum()) for d in hessian_diagonal(model, loss, x, y).values())
+    found = fk.hessian_trace(model, loss, (x, y), samples=500, seed=5)
+    assert abs(found.value - true) < 4.5 * found.stderr
+
+
+@pytest.mark.parametrize("name", ["conv", "transformer", "layer norm"])
+def test_per_layer(name: str) -> None:
+    model, x, y = problem(name)
+    diagonal = hessian_diagonal(model, nn.CrossEntropyLoss(), x, y)
+    found = fk.hessian_trace(model, nn.CrossEntropyLoss(), (x, y), samples=80, seed=4, per_layer=True)
+    assert found.per_layer is not None
+    assert found.per_layer_stderr is not None
+    assert sum(found.per_layer.values()) == pytest.approx(found.value, rel=1e-9)
+    true: dict[str, float] = {}
+    for key, values in diagonal.items():
+        layer = key.rpartition(".")[0]
+        true[layer] = true.get(layer, 0.0) + float(values.sum())
+    for layer, value in true.items():
+        assert abs(found.per_layer[layer] - value) < 4.5 * found.per_layer_stderr[layer] + 1e-9, layer
+
+
+def test_selected_parameters() -> None:
+    model, x, y = problem("transformer")
+    diagonal = hessian_diagonal(model, nn.CrossEntropyLoss(), x, y)
+    names = ["embed.weight", "encoder.linear1.bias", "encoder.norm1.weight"]
+    found = fk.hessian_trace(model, nn.CrossEntropyLoss(), (x, y), params=names, samples=150, seed=1)
+    true = sum(float(diagonal[n].sum()) for n in names)
+    assert abs(found.value - true) < 4.5 * found.stderr
+
+
+def test_tolerance_is_met_and_memory_chunks_change_nothing() -> None:
+    model, x, y = problem("tanh mlp")
+    found = fk.hessian_trace(model, nn.CrossEntropyLoss(), (x, y), rtol=0.05, seed=0, max_samples=20000)
+    assert found.converged
+    assert 0 < found.stderr <= 0.05 * abs(found.value)
+    chunked = fk.hessian_trace(model, nn.CrossEntropyLoss(), (x, y), samples=400, seed=0, max_memory=6000)
+    assert abs(chunked.value - truth("tanh mlp")) < 4.5 * chunked.stderr
+
+
+def test_fewer_parameters_than_probes() -> None:
+    model, x, y = problem("tanh mlp")
+    found = fk.hessian_trace(model, nn.CrossEntropyLoss(), (x, y), rtol=0.002, seed=0)
+    assert "exact on the Hessian" in found.method
+    assert found.value == pytest.approx(truth("tanh mlp"), rel=1e-9)
+
+
+def test_too_few_probes_are_said() -> None:
+    model, x, y = problem("tanh mlp")
+    found = fk.hessian_trace(
+        model, nn.CrossEntropyLoss(), (x, y), rtol=1e-6, seed=0, max_samples=4, method="sites"
+    )
+    assert not found.converged
+    assert any("max_samples" in note for note in found.notes)
+
+
+def test_scaling_laws() -> None:
+    model, x, y = problem("conv")
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    kwargs = {"samples": 300, "seed": 7}
+    mean = fk.hessian_trace(model, nn.CrossEntropyLoss(), (x, y), **kwargs)
+    total = fk.hessian_trace(model, nn.CrossEntropyLoss(reduction="sum"), (x, y), **kwargs)
+    assert total.value == pytest.approx(len(x) * mean.value, rel=1e-9)  # same seed, same probes
+    assert total.stderr == pytest.approx(len(x) * mean.stderr, rel=1e-9)
+    for data in ((x[order], y[order]), (torch.cat([x, x]), torch.cat([y, y]))):
+        other = fk.hessian_trace(model, nn.CrossEntropyLoss(), data, **kwargs)
+        assert abs(other.value - mean.value) < 4.5 * (other.stderr**2 + mean.stderr**2) ** 0.5
+
+
+def test_same_seed_same_number_and_global_generator_untouched() -> None:
+    model, x, y = problem("gelu mlp")
+    state = torch.get_rng_state()
+    a = fk.hessian_trace(model, nn.CrossEntropyLoss(), (x, y), samples=3, seed=9)
+    b = fk.hessian_trace(
+        model, nn.CrossEntropyLoss(), (x, y), samples=3, generator=torch.Generator().manual_seed(9)
+    )
+    assert a.value == b.value
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("name", ["conv, batch norm, average", "in place", "transformer", "weight product"])
+def test_left_as_found(name: str) -> None:
+    model, x, y = problem(name)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    kept, threads, mkldnn = x.clone(), torch.get_num_threads(), torch.backends.mkldnn.enabled
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with torch.no_grad():
+        fk.hessian_trace(model, nn.CrossEntropyLoss(), (x, y), samples=2, seed=0)
+        assert not torch.is_grad_enabled()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(bool((p.grad == 1).all()) for p in model.parameters())
+    assert torch.equal(x, kept)
+    assert (threads, mkldnn) == (torch.get_num_threads(), torch.backends.mkldnn.enabled)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def _straight_through() -> nn.Module:
+    class Rounded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return x.round()
+
+        @staticmethod
+        def backward(ctx: object, g: Tensor) -> Tensor:
+            return g
+
+    return Lambda(lambda m, x: m.b(torch.tanh(Rounded.apply(m.a(x)))), a=nn.Linear(4, 4), b=nn.Linear(4, 3))
+
+
+def test_falls_back_and_says_why() -> None:
+    model, x, y = problem("tanh mlp")
+    log_p = nn.Sequential(model, nn.LogSoftmax(1))
+    found = fk.hessian_trace(log_p, nn.NLLLoss(), (x, y), samples=400, seed=0)
+    assert "NLLLoss" in found.method
+    assert abs(found.value - truth("tanh mlp")) < 4.5 * found.stderr + 1e-9
+    custom = _straight_through().double()
+    found = fk.hessian_trace(custom, nn.CrossEntropyLoss(), (x, y), samples=300, seed=0)
+    assert "Rounded" in found.method
+    true = sum(float(d.sum()) for d in hessian_diagonal(custom, nn.CrossEntropyLoss(), x, y).values())
+    assert abs(found.value - true) < 4.5 * found.stderr + 1e-9
+    with pytest.raises(ValueError, match="method"):
+        fk.hessian_trace(custom, nn.CrossEntropyLoss(), (x, y), method="sites")
+
+
+def test_detached_values_are_constants_as_for_autograd() -> None:
+    model = Lambda(
+        lambda m, x: m.b(torch.tanh(m.a(x)) * m.a(x).detach()), a=nn.Linear(4, 4), b=nn.Linear(4, 3)
+    ).double()
+    x, y = torch.randn(5, 4, dtype=torch.float64), torch.arange(5) % 3
+    true = sum(float(d.sum()) for d in hessian_diagonal(model, nn.CrossEntropyLoss(), x, y).values())
+    found = fk.hessian_trace(model, nn.CrossEntropyLoss(), (x, y), samples=400, seed=0)
+    assert abs(found.value - true) < 4.5 * found.stderr + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"rtol": 0.0}, "rtol"),
+        ({"samples": 1}, "samples"),
+        ({"method": "magic"}, "method"),
+        ({"seed": 1, "generator": torch.Generator()}, "seed"),
+        ({"max_memory": -1}, "max_memory"),
+        ({"params": "nothing"}, "params"),
+    ],
+)
+def test_bad_arguments(kwargs: dict[str, object], match: str) -> None:
+    model, x, y = problem("tanh mlp")
+    with pytest.raises((ValueError, TypeError), match=match):
+        fk.hessian_trace(model, nn.CrossEntropyLoss(), (x, y), **kwargs)  # type: ignore[arg-type]
+
+
+def test_single_sample() -> None:
+    model, x, _ = problem("conv")
+    x, y = x[:1], torch.tensor([1])
+    true = sum(float(d.sum()) for d in hessian_diagonal(model, nn.CrossEntropyLoss(), x, y).values())
+    found = fk.hessian_trace(model, nn.CrossEntropyLoss(), (x, y), samples=500, seed=0)
+    assert abs(found.value - true) < 4.5 * found.stderr
