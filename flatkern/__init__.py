@@ -25,6 +25,7 @@ from flatkern.flatness import ggn_trace, gradient_norms, sharpness
 from flatkern.geometry import Geometry, LayerGeometry, geometry
 from flatkern.max_eigenvalue import MaxEigenvalue, max_eigenvalue
 from flatkern.operators import LinearOperator, fisher, ggn, hessian, hvp, jacobian
+from flatkern.planning import Plan, plan
 from flatkern.results import Estimate, HessianTrace, PerSample
 from flatkern.traces import hessian_trace
 from flatkern.volume import local_dimensionality, log_volume, max_sensitivity
@@ -47,6 +48,7 @@ __all__ = [
     "LinearOperator",
     "MaxEigenvalue",
     "PerSample",
+    "Plan",
     "Solution",
     "SpectralDensity",
     "__version__",
@@ -69,6 +71,7 @@ __all__ = [
     "losses",
     "max_eigenvalue",
     "max_sensitivity",
+    "plan",
     "sharpness",
     "solve",
     "spectral_density",

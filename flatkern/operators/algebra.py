@@ -46,6 +46,8 @@ class Composed(LinearOperator):
 class Identity(LinearOperator):
     """I [P, P]."""
 
+    semidefinite = True
+
     def __init__(
         self,
         size: int,
@@ -72,6 +74,7 @@ class Scaled(Composed):
     def __init__(self, base: LinearOperator, factor: float) -> None:
         super().__init__(base.shape, base.dtype, base.device, symmetric=base.symmetric, layout=base.layout)
         self.base, self.factor = base, factor
+        self.semidefinite = base.semidefinite and factor >= 0
 
     def _parts(self) -> tuple[LinearOperator, ...]:
         return (self.base,)
@@ -100,6 +103,7 @@ class Sum(Composed):
         super().__init__(
             left.shape, left.dtype, left.device, symmetric=both, layout=left.layout or right.layout
         )
+        self.semidefinite = left.semidefinite and right.semidefinite
         self.left, self.right = left, right
 
     def _parts(self) -> tuple[LinearOperator, ...]:

@@ -44,6 +44,7 @@ class OperatorData:
         single = isinstance(data, (Mapping, Tensor)) or (
             isinstance(data, (list, tuple)) and any(isinstance(item, Tensor) for item in data)
         )
+        self.single = single
         self._batches: Iterable[Any] = [data] if single else data
         if not hasattr(self._batches, "__iter__"):
             raise TypeError(f"data: expected a batch or an iterable of batches, got {type(data).__name__}")

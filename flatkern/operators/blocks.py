@@ -60,7 +60,7 @@ class Block(Composed):
         super().__init__(
             (layout.size, layout.size), base.dtype, base.device, symmetric=base.symmetric, layout=layout
         )
-        self.base = base
+        self.base, self.semidefinite = base, base.semidefinite
 
     def _parts(self) -> tuple[LinearOperator, ...]:
         return (self.base,)
@@ -99,7 +99,7 @@ class BlockDiagonal(Composed):
                 raise ValueError(f"groups: {sorted(twice)[0]!r} is in {key!r} and in a group before it")
             seen.update(block.names)
         super().__init__(base.shape, base.dtype, base.device, symmetric=base.symmetric, layout=base.layout)
-        self.base = base
+        self.base, self.semidefinite = base, base.semidefinite
 
     def _parts(self) -> tuple[LinearOperator, ...]:
         return tuple(self.blocks.values())

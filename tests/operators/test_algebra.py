@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from flatkern.operators import Identity, LinearOperator, as_operator, hessian
+from flatkern.operators import Identity, LinearOperator, as_operator, ggn, hessian
 
 
 def dense(*shape, seed=0):
@@ -167,3 +167,14 @@ def test_operators_are_linear_and_adjoint(rows, columns, seed, a, b):
     u, v, w = dense(columns, seed=seed + 1), dense(columns, seed=seed + 2), dense(rows, seed=seed + 3)
     assert torch.allclose(op @ (2 * u - v), 2 * (op @ u) - op @ v, atol=1e-10)
     assert torch.allclose(w @ (op @ u), (op.T @ w) @ u, atol=1e-10)
+
+
+def test_what_is_known_to_be_semidefinite():
+    torch.manual_seed(0)
+    model, x, y = torch.nn.Linear(3, 2), torch.randn(5, 3), torch.randint(0, 2, (5,))
+    G = ggn(model, torch.nn.CrossEntropyLoss(), (x, y))
+    H = hessian(model, torch.nn.CrossEntropyLoss(), (x, y))
+    for op in (G, G.shift(1.0), 2 * G, G.eye(), G.block("weight"), G.block_diagonal(), G + G):
+        assert op.semidefinite
+    for op in (H, -G, G.shift(-1.0), G + H, H.block("weight")):
+        assert not op.semidefinite

@@ -1,0 +1,103 @@
+"""What a plan says against what a call takes: products, and bytes within a factor 1.5."""
+
+import pytest
+import torch
+from torch import nn
+
+import flatkern as fk
+from flatkern.allocation import AllocationMeter
+
+CE = nn.CrossEntropyLoss()
+
+
+def problem(n=600):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 200), nn.Tanh(), nn.Linear(200, 200), nn.Tanh(), nn.Linear(200, 5))
+    return model, torch.randn(n, 40), torch.randint(0, 5, (n,))
+
+
+def taken(fn, *args, **kwargs):
+    with AllocationMeter() as meter:
+        result = fn(*args, **kwargs)
+    return result, meter.peak
+
+
+CALLS = {
+    "trace": (fk.trace, {"samples": 40, "method": "hutchinson"}),
+    "hutch++": (fk.trace, {"samples": 40, "method": "hutch++"}),
+    "xtrace": (fk.trace, {"samples": 40, "method": "xtrace"}),
+    "diagonal": (fk.diagonal, {"samples": 40, "method": "hutchinson"}),
+    "eigsh": (fk.eigsh, {"k": 5, "max_matvecs": 60}),
+    "eigsh in blocks": (fk.eigsh, {"k": 8, "block_size": 4, "max_matvecs": 80}),
+    "density": (fk.spectral_density, {"probes": 6, "steps": 12, "reorthogonalize": False}),
+    "density by default": (fk.spectral_density, {"probes": 6, "steps": 12}),
+    "density with its basis": (fk.spectral_density, {"probes": 6, "steps": 12, "reorthogonalize": True}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", CALLS)
+def test_bytes_within_half_as_much_again(name, dtype):
+    model, x, y = problem()
+    op = fk.hessian(model.to(dtype), CE, (x.to(dtype), y))
+    fn, options = CALLS[name]
+    planned = fk.plan(fn, op, **options)
+    result, peak = taken(fn, op, seed=0, **options)
+    assert peak / 1.5 <= planned.bytes <= 1.5 * peak
+    assert planned.matvecs == planned.passes
+    assert result.matvecs <= planned.matvecs
+    if not planned.at_most:
+        assert result.matvecs == planned.matvecs
+    assert planned.seconds > 0
+    assert planned.what in str(planned)
+
+
+@pytest.mark.parametrize("method", ["cg", "minres"])
+@pytest.mark.parametrize("columns", [1, 5])
+def test_solves(method, columns):
+    model, x, y = problem()
+    op = fk.ggn(model, CE, (x, y)).shift(1.0)
+    B = torch.randn(op.shape[0], columns)
+    planned = fk.plan(fk.solve, op, B, method=method)
+    solution, peak = taken(fk.solve, op, B, method=method)
+    assert peak / 1.5 <= planned.bytes <= 1.5 * peak
+    assert planned.at_most
+    assert solution.matvecs <= planned.matvecs
+
+
+@pytest.mark.parametrize("build", [fk.hessian, fk.ggn, fk.fisher])
+@pytest.mark.parametrize("max_memory", [None, 6_000_000, 0])
+def test_making_an_operator(build, max_memory):
+    model, x, y = problem()
+    data = [(x[i : i + 100], y[i : i + 100]) for i in range(0, 600, 100)]
+    planned = fk.plan(build, model, CE, data, max_memory=max_memory)
+    op, peak = taken(build, model, CE, data, max_memory=max_memory)
+    assert peak / 1.5 <= planned.bytes <= 1.5 * peak
+    assert f"{op.info.kept_batches} of 6" in planned.notes[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"reorthogonalize": False}])
+def test_log_determinants(options):
+    model, x, y = problem()
+    op = fk.ggn(model, CE, (x, y)).shift(1.0)
+    planned = fk.plan(fk.logdet, op, floor=1.0, probes=6, steps=9, **options)
+    value, peak = taken(fk.logdet, op, floor=1.0, probes=6, steps=9, seed=0, **options)
+    assert peak / 1.5 <= planned.bytes <= 1.5 * peak
+    assert value.matvecs == planned.matvecs
+
+
+def test_a_tolerance_gives_bounds():
+    model, x, y = problem()
+    op = fk.ggn(model, CE, (x, y))
+    planned = fk.plan(fk.trace, op, rtol=0.5, max_matvecs=64)
+    result, peak = taken(fk.trace, op, rtol=0.5, max_matvecs=64, seed=0)
+    assert planned.at_most
+    assert result.matvecs <= planned.matvecs == 64
+    assert peak <= 1.5 * planned.bytes
+
+
+def test_what_there_is_no_plan_for():
+    with pytest.raises(ValueError, match="no plan"):
+        fk.plan(fk.sharpness, nn.Linear(2, 2), torch.ones(1, 2))
+    with pytest.raises(TypeError, match="does not take"):
+        fk.plan(fk.eigsh, torch.eye(3), wrong=1)
