@@ -30,8 +30,9 @@ class Decay:
         sign_variance: variance of vᵀAv with random signs v, and its ``relative_error``.
         symmetric: whether ω_i·Aω_j = ω_j·Aω_i to rounding.
         one_sided: ‖(I − QQᵀ)A‖_F² for Q a basis of r images, r = 0 … m − 1.
-        two_sided: ‖(I − QQᵀ)A(I − QQᵀ)‖_F² as a share of it, from r = m/2 on.
-        nystrom: ‖A − A_r‖_F² for the Nyström approximation from r vectors; ``None``: A is not definite.
+        two_sided: ‖(I − QQᵀ)A(I − QQᵀ)‖_F² as a share of it, from r = 3 m/4 on.
+        nystrom: ‖A − A_r‖_F² less (Tr A − A_r)²/(P − r) for the Nyström approximation from r vectors;
+            ``None``: A is not definite.
     """
 
     seen: int
@@ -47,7 +48,7 @@ class Decay:
 
     def form_variance(self, rank: int) -> float:
         """Variance of one form on the complement of ``rank`` images, extrapolated beyond the pilot."""
-        share = 1 + (self.two_sided - 1) * min(1.0, 2 * rank / self.seen)
+        share = 1 + (self.two_sided - 1) * min(1.0, 4 * rank / (3 * self.seen))
         squared = _at(self.one_sided, rank)
         return (2 * share if self.symmetric else 1 + share) * squared
 
@@ -68,8 +69,8 @@ def observe(sketch: Sketch, size: int, eps: float, *, what: str = "trace") -> De
     ‖PAP‖_F² for symmetric A. Both, and the same for Nyström approximations, follow from the small inner
     products; they are averaged over orders of the vectors.
     """
-    gram, forms, vectors, diagonal = (
-        t.cpu() for t in (sketch.images_gram, sketch.forms, sketch.vectors_gram, sketch.squared_diagonal)
+    gram, forms, vectors, entries = (
+        t.cpu() for t in (sketch.images_gram, sketch.forms, sketch.vectors_gram, sketch.entries_gram)
     )
     require_finite(forms, what)
     require_finite(gram, what)
@@ -78,6 +79,7 @@ def observe(sketch: Sketch, size: int, eps: float, *, what: str = "trace") -> De
     squares = gram.diagonal()
     pairs = (forms * forms.mT).sum() - forms.diagonal().square().sum()
     symmetric = is_symmetric(forms, eps)
+    diagonal, diagonal_error = _mean_of_pairs(entries)
     half = squares.mean() if symmetric else (squares.mean() + pairs / (m * (m - 1))) / 2
     generator = torch.Generator().manual_seed(0)
     count = max(2, min(_ORDERS, 2**24 // m**3))
@@ -90,14 +92,22 @@ def observe(sketch: Sketch, size: int, eps: float, *, what: str = "trace") -> De
         seen=m,
         trace=float(values.mean()),
         trace_stderr=float(values.std()) / m**0.5,
-        squared_diagonal=max(0.0, float(diagonal)),
-        sign_variance=max(0.0, float(2 * (half - diagonal))),
+        squared_diagonal=max(diagonal, float(values.mean()) ** 2 / size),  # Cauchy-Schwarz
+        # no credit for a diagonal that is not seen clearly: outliers make it look larger than all of A
+        sign_variance=max(0.0, 2 * (float(half) - max(0.0, diagonal - 2 * diagonal_error))),
         relative_error=float(squares.std() / squares.mean().clamp_min(1e-300)) / m**0.5,
         symmetric=symmetric,
         one_sided=one_sided,
         two_sided=_two_sided_share(forms[rows, columns], grams, factor),
         nystrom=nystrom,
     )
+
+
+def _mean_of_pairs(products: Tensor) -> tuple[float, float]:
+    """Mean of products of different vectors and its standard error, from the mean of each vector's own."""
+    m = len(products)
+    means = (products.sum(1) - products.diagonal()) / (m - 1)
+    return float(means.mean()), 2 * float(means.std()) / m**0.5
 
 
 def is_symmetric(forms: Tensor, eps: float) -> bool:
@@ -119,21 +129,21 @@ def _pivots(grams: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _two_sided_share(forms: Tensor, grams: Tensor, factor: Tensor) -> float:
-    """Tr PAPA / ‖PA‖_F² from pairs of vectors not in the basis, at r = m/2 and 3 m/4."""
+    """Tr PAPA / ‖PA‖_F² from pairs of vectors not in the basis, at r = 3 m/4."""
     m = forms.shape[-1]
-    shares = []
-    for r in (m // 2, 3 * m // 4):
-        known, cross = factor[:, :r, :r], grams[:, :r, r:]
-        parts = torch.cholesky_solve(cross, known)
-        left = forms[:, r:, r:] - forms[:, r:, :r] @ parts
-        products = (left * left.mT).sum((1, 2)) - left.diagonal(dim1=1, dim2=2).square().sum(1)
-        squares = grams[:, r:, r:].diagonal(dim1=1, dim2=2) - (cross * parts).sum(1)
-        whole = float(squares.mean())
-        pair = float(products.mean()) / ((m - r) * (m - r - 1))
-        if math.isfinite(pair) and whole > 0:
-            shares.append(pair / whole)
+    r = min(3 * m // 4, m - 2)
+    if r < 1:
+        return 1.0
+    known, cross = factor[:, :r, :r], grams[:, :r, r:]
+    parts = torch.cholesky_solve(cross, known)
+    left = forms[:, r:, r:] - forms[:, r:, :r] @ parts
+    products = (left * left.mT).sum((1, 2)) - left.diagonal(dim1=1, dim2=2).square().sum(1)
+    squares = grams[:, r:, r:].diagonal(dim1=1, dim2=2) - (cross * parts).sum(1)
+    whole, pair = float(squares.mean()), float(products.mean()) / ((m - r) * (m - r - 1))
+    if not (math.isfinite(pair) and whole > 0):
+        return 1.0
     # between these bounds lies every spectrum met; outside them is the noise of few pairs
-    return min(1.0, max(0.3, sum(shares) / len(shares))) if shares else 1.0
+    return min(1.0, max(0.3, pair / whole))
 
 
 def _nystrom(
@@ -146,7 +156,7 @@ def _nystrom(
     columns: Tensor,
     grams: Tensor,
 ) -> Tensor | None:
-    """Mean of ‖(A − A_r)ω‖² over vectors not among the r, [m]."""
+    """The mean of ‖(A − A_r)ω‖² over vectors not among the r, less the part of a multiple of I, [m]."""
     shifted, _ = shifted_forms(forms, gram, vectors, size, eps)
     factor, info = torch.linalg.cholesky_ex(shifted[rows, columns])
     if bool(info.any()):
@@ -154,7 +164,10 @@ def _nystrom(
     # (A − A_r)ω = AΩ c with c the row of L⁻¹ of that vector, times its pivot
     half = torch.linalg.solve_triangular(factor, grams, upper=False)
     whole = torch.linalg.solve_triangular(factor, half.mT, upper=False).diagonal(dim1=1, dim2=2)
-    return (factor.diagonal(dim1=1, dim2=2).square() * whole).mean(0).clamp_min(0.0)
+    pivots = factor.diagonal(dim1=1, dim2=2).square()
+    left = size - torch.arange(len(forms))
+    # forms of vectors of one length do not see the multiple of the identity in A − A_r
+    return ((pivots * whole).mean(0) - pivots.mean(0).square() / left).clamp_min(0.0)
 
 
 def _at(curve: Tensor, rank: int) -> float:

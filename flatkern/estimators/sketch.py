@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flatkern.estimators.sampling_run import Run
-from flatkern.estimators.small import inner
+from flatkern.estimators.small import CHUNK, inner
 
 __all__ = ["Sketch", "largest_sketch"]
 
@@ -27,7 +27,8 @@ class Sketch:
         images_gram: G_ij = (A ω_i)·(A ω_j), [m, m].
         forms: M_ij = ω_i·(A ω_j).
         vectors_gram: N_ij = ω_i·ω_j.
-        squared_diagonal: an unbiased value of Σ_k A_kk², 0-d.
+        entries_gram: E_ij = d_i·d_j with d_i = ω_i ∘ A ω_i, whose mean is the diagonal: off its own diagonal E
+            has the mean Σ_k A_kk².
     """
 
     def __init__(self, run: Run, draw: Callable[[int], Tensor]) -> None:
@@ -35,10 +36,7 @@ class Sketch:
         self._vectors: list[Tensor] = []
         self._images: list[Tensor] = []
         empty = torch.zeros(0, 0, dtype=torch.float64, device=run.op.device)
-        self.images_gram = self.forms = self.vectors_gram = empty
-        # per vector i the values ω_ki (A ω_i)_k, whose mean over i is the diagonal
-        self._sum = torch.zeros(run.op.shape[1], dtype=torch.float64, device=run.op.device)
-        self._squares = torch.zeros((), dtype=torch.float64, device=run.op.device)
+        self.images_gram = self.forms = self.vectors_gram = self.entries_gram = empty
 
     def __len__(self) -> int:
         return len(self.images_gram)
@@ -68,20 +66,13 @@ class Sketch:
             self._against(self._vectors, images),
             torch.cat([inner(vectors, y) for y in self._images], dim=1),
         )
-        for omega, y in zip(vectors, images, strict=True):
-            entries = omega.double() * y.double()
-            self._sum += entries
-            self._squares += entries.square().sum()
+        pairs = zip(self._vectors, self._images, strict=True)
+        cross = torch.cat([_entries(v, y, vectors, images) for v, y in pairs])
+        self.entries_gram = _bordered(self.entries_gram, cross, None)
 
     @staticmethod
     def _against(parts: list[Tensor], new: Tensor) -> Tensor:
         return torch.cat([inner(part, new) for part in parts])  # [m, new]
-
-    @property
-    def squared_diagonal(self) -> Tensor:
-        """(‖Σ_i d_i‖² − Σ_i ‖d_i‖²) / (m(m − 1)) with d_i = ω_i ∘ A ω_i: products of independent values."""
-        m = len(self)
-        return (self._sum.square().sum() - self._squares) / (m * (m - 1))
 
     def vectors(self) -> list[Tensor]:
         """Ω in pieces of rows."""
@@ -105,3 +96,13 @@ def _bordered(old: Tensor, right: Tensor, below: Tensor | None) -> Tensor:
     new[:, m - k :] = right
     new[m - k :] = right.mT if below is None else below
     return new
+
+
+def _entries(v: Tensor, y: Tensor, w: Tensor, z: Tensor) -> Tensor:
+    """(v ∘ y)·(w ∘ z) for all pairs of rows, float64, in chunks."""
+    total = torch.zeros(len(v), len(w), dtype=torch.float64, device=v.device)
+    for start in range(0, v.shape[1], CHUNK):
+        part = slice(start, start + CHUNK)
+        left = v[:, part].double() * y[:, part].double()
+        total.addmm_(left, (w[:, part].double() * z[:, part].double()).mT)
+    return total

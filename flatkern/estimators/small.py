@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["inner"]
+__all__ = ["CHUNK", "inner"]
 
-_CHUNK = 1 << 16
+CHUNK = 1 << 16
+"""Entries of a row that are converted to float64 at once."""
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
@@ -15,6 +16,6 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype == torch.float64:
         return a @ b.mT
     total = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
-    for start in range(0, a.shape[1], _CHUNK):
-        total.addmm_(a[:, start : start + _CHUNK].double(), b[:, start : start + _CHUNK].double().mT)
+    for start in range(0, a.shape[1], CHUNK):
+        total.addmm_(a[:, start : start + CHUNK].double(), b[:, start : start + CHUNK].double().mT)
     return total

@@ -129,8 +129,9 @@ def vectors_for(
     """
     vectors = m
     while vectors <= most:
-        one, half = variance(vectors - 1), variance((vectors - 1) // 2)
-        decay = math.log2(half / one) if half > one > 0 else 0.0
+        rank, before = vectors - 1, int(0.7 * (vectors - 1))
+        one, earlier = variance(rank), variance(before)
+        decay = math.log(earlier / one) / math.log(rank / before) if earlier > one > 0 < before else 0.0
         spread = (
             one * (1 + min(most_shared, shared * decay)) * (1 + CAUTION * math.sqrt(2 / vectors + doubt**2))
         )

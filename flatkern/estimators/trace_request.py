@@ -30,8 +30,8 @@ from flatkern.results import standard_error
 
 __all__ = ["Method", "Request"]
 
-EXPLORE = 12
-"""A pilot grows while it is at most a twelfth of what the plan costs."""
+EXPLORE = 8
+"""A pilot grows while it is at most an eighth of what the plan costs."""
 
 Method = Literal["auto", "hutchinson", "hutch++", "xtrace", "xnystrace", "exact"]
 
@@ -116,7 +116,7 @@ class Request:
         )
 
     def _hutchinson(self, run: Run, probes: Probes) -> tuple[Outcome | None, int, bool]:
-        """A pilot of probes that are not kept, grown to a twelfth of the plan; then fresh ones."""
+        """A pilot of probes that are not kept, grown to an eighth of the plan; then fresh ones."""
         if run.left <= 2 * PILOT:
             plan = Plan("hutchinson", 0, run.left, run.left)
             return self._finish(run, probes, plan, plan.cost, None, pilot=False)

@@ -6,17 +6,22 @@ import torch
 from torch import Tensor
 
 from flatkern.estimators.sketch import Sketch
+from flatkern.estimators.small import CHUNK
 
 __all__ = ["shifted_forms", "smallest_ritz_value", "xnystrace_values"]
-
-_CHUNK = 1 << 16
 
 
 def shifted_forms(
     forms: Tensor, images_gram: Tensor, vectors_gram: Tensor, size: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Symmetric M + νN, and the shift ν: as large as the rounding of the products, never zero."""
-    shift = 2 * eps * (images_gram.diagonal().sum() / size).sqrt() + 1e-30
+    """Symmetric M + νN, and the shift ν: as large as the rounding of the products, never zero.
+
+    An image is off by eps ‖Y‖, a form cᵀMc with ‖Ωc‖² = λ_min(N) by eps ‖Y‖ ‖Ωc‖, which νλ_min(N) must outweigh, as it
+    must the rounding of the factorization, m eps Tr M.
+    """
+    least = torch.linalg.eigvalsh(vectors_gram)[0].clamp_min(1e-12).clamp_max(size)
+    shift = 2 * eps * (images_gram.diagonal().sum() / least).sqrt() + 1e-30
+    shift = shift + len(forms) * torch.finfo(forms.dtype).eps * forms.diagonal().sum().abs() / least
     return (forms + forms.mT) / 2 + shift * vectors_gram, shift
 
 
@@ -48,8 +53,8 @@ def xnystrace_values(sketch: Sketch, size: int, eps: float) -> tuple[Tensor, Ten
     forms, shift = shifted_forms(sketch.forms, sketch.images_gram, sketch.vectors_gram, size, eps)
     factor, flag = torch.linalg.cholesky_ex(forms)
     compressed = torch.zeros(m, m, dtype=torch.float64, device=forms.device)
-    for start in range(0, size, _CHUNK):
-        part = slice(start, start + _CHUNK)
+    for start in range(0, size, CHUNK):
+        part = slice(start, start + CHUNK)
         images = torch.cat([y[:, part].double() for y in sketch.images()])
         images = images + shift * torch.cat([v[:, part].double() for v in sketch.vectors()])
         whitened = torch.linalg.solve_triangular(factor, images, upper=False)
@@ -68,4 +73,8 @@ def xnystrace_values(sketch: Sketch, size: int, eps: float) -> tuple[Tensor, Ten
     two = whole - taken / (rest * weights[None]) + (size - m + 2) * freed / rest
     changes = one[:, None] - two
     products = changes * changes.mT
-    return one, (products.sum() - products.diagonal().sum()) / (m * (m - 1)), flag
+    covariance = (products.sum() - products.diagonal().sum()) / (m * (m - 1))
+    # a deficient rank: each value is exact, and only leaving out two vectors would lose anything
+    half = torch.linalg.solve_triangular(factor, sketch.vectors_gram, upper=False)
+    largest = torch.linalg.solve_triangular(factor, half.mT, upper=False).norm()
+    return one, torch.where(shift * largest > 0.01, 0.0, covariance), flag

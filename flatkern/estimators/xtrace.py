@@ -92,7 +92,8 @@ def downdates(coefficients: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]
     kept = sigma > sigma[0] * eps * len(sigma)
     left = left * kept  # nothing is read, so shapes stay
     inverse = torch.where(kept, 1 / torch.where(kept, sigma, 1.0), 0.0)
-    alone = (right.square() * kept[:, None]).sum(0) > 1 - 1e-6
+    # the i-th row of V is a unit vector where its part in the null space is rounding
+    alone = (right * ~kept[:, None]).abs().amax(0) < 1e-10
     directions = left @ (inverse[:, None] * right)
     norms = torch.linalg.vector_norm(directions, dim=0)
     return torch.where(alone, directions / torch.where(norms > 0, norms, 1.0), 0.0), left, alone

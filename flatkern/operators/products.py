@@ -167,11 +167,10 @@ def _faster_size(apply: Apply, rows: Tensor) -> int:
             apply(row)
 
     alone()
-    single = min(seconds(alone), seconds(alone)) / 2
-    batched = seconds(lambda: apply(rows))
-    if batched < 3 * len(rows) * single:
-        batched = min(batched, seconds(lambda: apply(rows)))
-    return len(rows) if batched < 0.95 * len(rows) * single else 1
+    # in turns, so that other work on the machine hits both
+    turns = [(seconds(alone) / 2, seconds(lambda: apply(rows)) / len(rows)) for _ in range(3)]
+    single, batched = (min(times) for times in zip(*turns, strict=True))
+    return len(rows) if batched < 0.9 * single else 1
 
 
 def forward_is_faster(
