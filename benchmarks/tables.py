@@ -251,8 +251,8 @@ def trace(result: dict[str, Any]) -> str:
     return (
         "## Trace to 1 %\n\n"
         '`fk.trace(op, rtol=0.01)` with `method="auto"`, in products, pilot included, mean over 100 seeds; beside the\n'
-        "fewest products with which any method has a true root mean square error of 1 %, which nobody knows in advance\n"
-        "(at least 16 samples). *90 % covers*: how often the stated 90 % interval holds the truth.\n\n"
+        "fewest products with which any method has a true root mean square error of 1 %, which nobody knows\n"
+        "in advance (at least 16 samples). *90 % covers*: how often the stated 90 % interval holds the truth.\n\n"
         f"`python -m benchmarks.bench_trace`\n\n{_table(header, rows)}\n{_settings(result)}"
     )
 
