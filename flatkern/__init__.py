@@ -26,6 +26,7 @@ from flatkern.geometry import Geometry, LayerGeometry, geometry
 from flatkern.max_eigenvalue import MaxEigenvalue, max_eigenvalue
 from flatkern.operators import LinearOperator, fisher, ggn, hessian, hvp, jacobian
 from flatkern.results import Estimate, HessianTrace, PerSample
+from flatkern.tangent_kernel import ntk
 from flatkern.traces import hessian_trace
 from flatkern.volume import local_dimensionality, log_volume, max_sensitivity
 
@@ -69,6 +70,7 @@ __all__ = [
     "losses",
     "max_eigenvalue",
     "max_sensitivity",
+    "ntk",
     "sharpness",
     "solve",
     "spectral_density",
