@@ -23,6 +23,7 @@ from flatkern.estimators import (
 )
 from flatkern.flatness import ggn_trace, gradient_norms, sharpness
 from flatkern.geometry import Geometry, LayerGeometry, geometry
+from flatkern.ggn_eigenvalues import GGNSpectrum, ggn_spectrum
 from flatkern.max_eigenvalue import MaxEigenvalue, max_eigenvalue
 from flatkern.operators import LinearOperator, fisher, ggn, hessian, hvp, jacobian
 from flatkern.results import Estimate, HessianTrace, PerSample
@@ -41,6 +42,7 @@ __all__ = [
     "Eigenpairs",
     "Estimate",
     "FunctionTrace",
+    "GGNSpectrum",
     "Geometry",
     "HessianTrace",
     "Inequality",
@@ -57,6 +59,7 @@ __all__ = [
     "fisher",
     "geometry",
     "ggn",
+    "ggn_spectrum",
     "ggn_trace",
     "gradient_norms",
     "hessian",

@@ -110,9 +110,16 @@ class _Apart(Exception):
 
 
 def gram(
-    left: GradientRows, right: GradientRows | None, shape: tuple[int, int], max_memory: int
-) -> tuple[Tensor, tuple[str, ...]]:
-    """R R'ᵀ, float64 of the given shape, and notes; ``right`` ``None``: R Rᵀ, of which one half is computed.
+    left: GradientRows,
+    right: GradientRows | None,
+    shape: tuple[int, int],
+    max_memory: int,
+    *,
+    with_trace: bool = False,
+) -> tuple[Tensor, float, tuple[str, ...]]:
+    """R R'ᵀ, float64 of the given shape, Tr R Rᵀ by ghost norms (0 unless asked for), and notes.
+
+    ``right`` ``None``: R Rᵀ, of which one half is computed.
 
     Chunks are kept up to half of ``max_memory``. Where more are needed the right side is read again for every such
     group of the left one.
@@ -120,7 +127,7 @@ def gram(
     formed: set[str] = set()
     while True:
         try:
-            return _gram(left, right, shape, max_memory, formed)
+            return _gram(left, right, shape, max_memory, formed, with_trace)
         except _Apart as apart:  # sequences of another length, say: start again in the parameters' own space
             formed |= apart.names
 
@@ -131,7 +138,9 @@ def _gram(
     shape: tuple[int, int],
     max_memory: int,
     formed: set[str],
-) -> tuple[Tensor, tuple[str, ...]]:
+    with_trace: bool,
+) -> tuple[Tensor, float, tuple[str, ...]]:
+    trace = 0.0
     out: Tensor | None = None
     notes: dict[str, None] = {}
     quarter = max(1, max_memory // 4)
@@ -140,6 +149,9 @@ def _gram(
             out = torch.zeros(shape, dtype=torch.float64, device=group[0].lin.output.device)
         for chunk in group:
             notes.update(dict.fromkeys(chunk.gradients.notes))
+            if with_trace:
+                terms = [t for found in chunk.gradients.terms.values() for t in found]
+                trace += sum(float(t.squared_norms(quarter).sum()) for t in terms)
         if right is None:
             for index, chunk in enumerate(group):
                 for other in group[index:]:
@@ -154,7 +166,7 @@ def _gram(
                 _fill(out, chunk, other, quarter, mirror=right is None)
             del other
     assert out is not None
-    return out, tuple(notes)
+    return out, trace, tuple(notes)
 
 
 def _groups(chunks: Iterator[Chunk], max_memory: int) -> Iterator[tuple[list[Chunk], bool]]:

@@ -73,12 +73,11 @@ def ntk(
     check_model(model)
     limit, device = budget(max_memory), model_device(model)
     parameters = select_parameters(model, params)
+    check_input(x, differentiable=False)
+    if x2 is not None:
+        check_input(x2, differentiable=False, name="x2")
     sides, sizes = [], []
-    for name, value in (("x", x), ("x2", x2)):
-        if value is None and name == "x2":
-            continue
-        check_input(value, differentiable=False, name=name)
-        assert value is not None
+    for value in (x,) if x2 is None else (x, x2):
         value = value.detach().to(device)
         with preserve_state(model), torch.no_grad():
             outputs = check_output(model, model(value[:1].clone()), 1).numel()
