@@ -155,7 +155,7 @@ def _gram(
         if right is None:
             for index, chunk in enumerate(group):
                 for other in group[index:]:
-                    _fill(out, chunk, other, quarter, mirror=True)
+                    _fill(out, chunk, other, quarter, formed, mirror=True)
             if complete:
                 continue
         stop = group[-1].rows.stop
@@ -163,7 +163,7 @@ def _gram(
             if right is None and other.start < stop:
                 continue
             for chunk in group:
-                _fill(out, chunk, other, quarter, mirror=right is None)
+                _fill(out, chunk, other, quarter, formed, mirror=right is None)
             del other
     assert out is not None
     return out, trace, tuple(notes)
@@ -184,9 +184,11 @@ def _groups(chunks: Iterator[Chunk], max_memory: int) -> Iterator[tuple[list[Chu
         yield group, True
 
 
-def _fill(out: Tensor, first: Chunk, second: Chunk, max_memory: int, *, mirror: bool) -> None:
-    if first is not second and (apart := incompatible(first.lin, second.lin)):
-        raise _Apart(set(apart))
+def _fill(
+    out: Tensor, first: Chunk, second: Chunk, max_memory: int, formed: set[str], *, mirror: bool
+) -> None:
+    if first is not second and (apart := set(incompatible(first.lin, second.lin)) - formed):
+        raise _Apart(apart)
     block = gradient_products(first.gradients, second.gradients, max_memory)
     out[first.rows, second.rows] = block
     if mirror and first.start != second.start:
