@@ -23,10 +23,12 @@ from flatkern.estimators import (
 )
 from flatkern.flatness import ggn_trace, gradient_norms, sharpness
 from flatkern.geometry import Geometry, LayerGeometry, geometry
+from flatkern.ggn_eigenvalues import GGNSpectrum, ggn_spectrum
 from flatkern.max_eigenvalue import MaxEigenvalue, max_eigenvalue
 from flatkern.operators import LinearOperator, fisher, ggn, hessian, hvp, jacobian
 from flatkern.planning import Plan, plan
 from flatkern.results import Estimate, HessianTrace, PerSample
+from flatkern.tangent_kernel import ntk
 from flatkern.traces import hessian_trace
 from flatkern.volume import local_dimensionality, log_volume, max_sensitivity
 
@@ -41,6 +43,7 @@ __all__ = [
     "Eigenpairs",
     "Estimate",
     "FunctionTrace",
+    "GGNSpectrum",
     "Geometry",
     "HessianTrace",
     "Inequality",
@@ -58,6 +61,7 @@ __all__ = [
     "fisher",
     "geometry",
     "ggn",
+    "ggn_spectrum",
     "ggn_trace",
     "gradient_norms",
     "hessian",
@@ -71,6 +75,7 @@ __all__ = [
     "losses",
     "max_eigenvalue",
     "max_sensitivity",
+    "ntk",
     "plan",
     "sharpness",
     "solve",

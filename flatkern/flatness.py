@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,9 +11,8 @@ from torch import Tensor, nn
 from flatkern._loss_roots import with_roots
 from flatkern.jacobian_trace import Method, Roots, Settings, estimate_trace
 from flatkern.linearize import Forward, budget, linearizations
-from flatkern.losses import Loss, Reduction, identity_cotangents, resolve_loss
-from flatkern.operators.batches import OperatorData, tensors_in
-from flatkern.operators.evaluation import evaluate
+from flatkern.loss_data import LossData, check_target, output_gradient, separate_loss
+from flatkern.losses import Reduction, identity_cotangents
 from flatkern.problem import (
     ParameterSelection,
     check_input,
@@ -24,7 +22,6 @@ from flatkern.problem import (
     select_parameters,
 )
 from flatkern.results import Estimate, PerSample
-from flatkern.samples import count_samples
 from flatkern.squared_norms import layer_of, parameter_squared_norms
 
 __all__ = ["ggn_trace", "gradient_norms", "sharpness"]
@@ -158,7 +155,7 @@ def ggn_trace(
         (8, True)
     """
     check_model(model)
-    loss = with_roots(_loss(loss_fn, reduction))
+    loss = with_roots(separate_loss(loss_fn, reduction))
     if loss.name == "NLLLoss":
         raise ValueError(
             "loss_fn: NLLLoss is linear in the model's output, so the Gauss-Newton matrix split there is 0; end the "
@@ -170,12 +167,12 @@ def ggn_trace(
     unchecked = [loss.callable]
 
     def weight(output: Tensor, target: Tensor) -> float:
-        _check_target(loss, output, target, unchecked)
+        check_target(loss, output, target, unchecked)
         return float(loss.weight(output, target))
 
     roots = Roots(loss.root, loss.sketch, loss.columns, weight, loss.denominator)
     parameters = select_parameters(model, params)
-    batches = _Data(model, data, forward)
+    batches = LossData(model, data, forward)
     return estimate_trace(model, batches, parameters, roots, settings, batches.forward)
 
 
@@ -224,9 +221,9 @@ def gradient_norms(
     """
     started = time.perf_counter()
     check_model(model)
-    loss = _loss(loss_fn, reduction)
+    loss = separate_loss(loss_fn, reduction)
     parameters = select_parameters(model, params)
-    batches = _Data(model, data, forward)
+    batches = LossData(model, data, forward)
     unchecked = [loss.callable]
     values: list[Tensor] = []
     layers: dict[str, list[Tensor]] = {}
@@ -237,8 +234,8 @@ def gradient_norms(
             with_input=False, max_memory=budget(max_memory), cotangents=1, own_roots=True, forward=batches.forward,
         ):  # fmt: skip
             output, target = lin.output.detach(), lin.target if y is None else y[lin.samples]
-            _check_target(loss, output, target, unchecked)
-            root = _output_gradient(loss, output, target).unsqueeze(0)
+            check_target(loss, output, target, unchecked)
+            root = output_gradient(loss, output, target).unsqueeze(0)
             norms = parameter_squared_norms(model, lin, root, parameters)
             values.append(norms.total)
             notes.update(dict.fromkeys(norms.notes))
@@ -261,72 +258,3 @@ def gradient_norms(
         notes=tuple(notes),
         per_layer={layer: torch.cat(parts) for layer, parts in layers.items()} if per_layer else None,
     )
-
-
-def _loss(loss_fn: object, reduction: Reduction | None) -> Loss:
-    if loss_fn is None:
-        raise ValueError(
-            "loss_fn: None is not possible here, as output and loss are needed apart; give the loss and "
-            "forward=(model, batch) -> (output, target)"
-        )
-    return resolve_loss(loss_fn, reduction)
-
-
-def _check_target(loss: Loss, output: Tensor, target: Tensor, unchecked: list[bool]) -> None:
-    """A wrong target gets the loss's own message, a callable's reduction is compared with two halves once."""
-    value = loss.numerator(output, target)
-    if not bool(torch.isfinite(value)):
-        raise ValueError(
-            "loss_fn: the loss is NaN or Inf on finite outputs; check the targets and the loss's weights"
-        )
-    if unchecked[0] and len(output) > 1:
-        loss.check_reduction(output, target)
-        unchecked[0] = False
-
-
-def _output_gradient(loss: Loss, output: Tensor, target: Tensor) -> Tensor:
-    leaf = output.clone().requires_grad_()
-    value = loss.numerator(leaf.view_as(leaf), target)  # a view, as a loss may write to its argument in place
-    if not value.requires_grad:
-        return torch.zeros_like(output)
-    (gradient,) = torch.autograd.grad(value, leaf, allow_unused=True)
-    return torch.zeros_like(output) if gradient is None else gradient
-
-
-class _Data:
-    """Batches as (inputs, target), or whole ones with the target left to ``forward``."""
-
-    def __init__(self, model: nn.Module, data: Any, forward: Forward | None) -> None:
-        self._data = OperatorData(data, model_device(model), forward)
-        self._given = forward
-
-    @property
-    def forward(self) -> Forward | None:
-        """Checked: one output row a sample."""
-        given = self._given
-        if given is None:
-            return None
-
-        def checked(model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
-            n = count_samples(batch)
-            output, target = evaluate(model, batch, given, own_loss=False, samples=n)
-            if len(output) != n:
-                raise ValueError(
-                    f"forward: the output has {len(output)} rows for {n} samples; keep the samples on axis 0, tokens "
-                    "on the next (outputs [B, T, V] with fk.losses.TokenCrossEntropyLoss)"
-                )
-            return output, target
-
-        return checked
-
-    def __iter__(self) -> Iterator[tuple[Any, Any]]:
-        for batch in self._data:
-            for tensor in tensors_in(batch):
-                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                    raise ValueError("data: a tensor of a batch holds NaN or Inf")
-            if self._given is not None:
-                yield batch, None
-            else:
-                x, y = batch
-                check_input(x, differentiable=False)
-                yield x, y

@@ -18,6 +18,7 @@ from flatkern.layers.rule import Cotangent
 from flatkern.layers.term import DenseTerm, Term
 from flatkern.linearize import Linearization, pull_back
 from flatkern.per_sample import per_sample_gradients
+from flatkern.samples import take
 
 __all__ = ["Gradients", "gradient_gram", "incompatible", "parameter_gradients"]
 
@@ -67,11 +68,41 @@ def parameter_gradients(
     notes: tuple[str, ...] = ()
     if uses.uncovered:
         left = {name: parameters[name] for name in uses.uncovered}
-        gradients, how = per_sample_gradients(model, lin.x, roots, left, lin.forward)
-        for name, value in gradients.items():
-            terms[name] = [DenseTerm(value, parameters[name].shape)]
+        size = roots.element_size() * len(roots) * lin.n * sum(p.numel() for p in left.values())
+        if size <= lin.max_memory:
+            gradients, how = per_sample_gradients(model, lin.x, roots, left, lin.forward)
+            for name, value in gradients.items():
+                terms[name] = [DenseTerm(value, parameters[name].shape)]
+        else:
+            how = "again whenever they are needed"
+            for name, p in left.items():
+                terms[name] = [_FormedTerm(model, lin, roots, name, p)]
         notes = (f"per-sample gradients formed ({how}) for {', '.join(left)}",)
     return Gradients(lin.n, len(roots), terms, notes)
+
+
+class _FormedTerm(Term):
+    """Gradients without a rule that do not fit into memory together: a few samples' at a time."""
+
+    def __init__(
+        self, model: nn.Module, lin: Linearization, roots: Tensor, name: str, parameter: Tensor
+    ) -> None:
+        self._model, self._lin, self._roots, self._name, self._parameter = model, lin, roots, name, parameter
+        self.k, self.n = roots.shape[:2]
+        self.shape, self.dtype, self.device = parameter.shape, parameter.dtype, parameter.device
+
+    def explicit(self, samples: slice, cotangents: slice) -> Tensor:
+        """See :class:`flatkern.layers.term.Term`."""
+        with torch.enable_grad():
+            formed, _ = per_sample_gradients(
+                self._model,
+                take(self._lin.x, samples),
+                self._roots[cotangents, samples],
+                {self._name: self._parameter},
+                self._lin.forward,
+            )
+        value = formed[self._name]
+        return value.reshape(*value.shape[:2], *self.shape)
 
 
 def incompatible(first: Linearization, second: Linearization) -> list[str]:

@@ -202,7 +202,7 @@ class _Chunks:
                 self._few = _probe(model, take(x, slice(0, 2)), parameters, with_input, forward)
             self.ambiguous = _touched_by_others(self._few)
 
-    def size(self, cotangents: int | None, own_roots: bool) -> int:
+    def size(self, cotangents: int | None, own_roots: bool, keep_cotangents: bool) -> int:
         """How many samples at a time."""
         if self._few is None:
             return self.n
@@ -213,7 +213,7 @@ class _Chunks:
         count = outputs if cotangents is None else cotangents
         entry = few.output.element_size()
         widest = max(max(widths), max((c.inputs.numel() for c in calls), default=0))
-        kept = (count if self._with_input else 1) * (held // 2)
+        kept = (count if self._with_input or keep_cotangents else 1) * (held // 2)
         rooted = (3 * count if own_roots else 0) * outputs
         per_sample = few.saved_bytes // 2 + entry * (2 * kept + 2 * widest + rooted)
         return max(1, min(self.n, self._max_memory // max(per_sample, 1)))
@@ -280,6 +280,7 @@ def linearizations(
     max_memory: int,
     cotangents: int | None = None,
     own_roots: bool = False,
+    keep_cotangents: bool = False,
     forward: Forward | None = None,
 ) -> Iterator[Linearization]:
     """Forward passes over all samples, in chunks whose pull-back of ``cotangents`` vectors fits ``max_memory``.
@@ -292,13 +293,14 @@ def linearizations(
         max_memory: bytes of the working set beside model and data.
         cotangents: vectors pulled back a sample; ``None``: as many as a sample's output has entries.
         own_roots: whether every sample has cotangents of its own (the identity is shared).
+        keep_cotangents: whether those at all sites are held at once.
         forward: (model, batch) → (output, target), instead of calling the model.
 
     Raises:
         ValueError: one sample's input rows alone exceed ``max_memory``; non-finite or random outputs.
     """
     chunks = _Chunks(model, x, parameters, with_input, max_memory, forward)
-    size = chunks.size(cotangents, own_roots)
+    size = chunks.size(cotangents, own_roots, keep_cotangents)
     for start in range(0, chunks.n, size):
         lin = chunks.linearize(start, min(start + size, chunks.n))
         yield lin

@@ -67,6 +67,12 @@ class Uses:
         assert groups is not None
         return [_sum([(uses[i], opened[i]) for i in group]) for group in groups]
 
+    def grouped(self, name: str) -> list[tuple[ParameterUse, ...]]:
+        """The uses that each of :meth:`terms` sums over; one group for a derived parameter."""
+        uses = self.by_parameter[name]
+        groups = None if name in self.derived else _disjoint_groups(uses)
+        return [uses] if groups is None else [tuple(uses[i] for i in group) for group in groups]
+
     def signature(self, name: str) -> tuple[Any, ...]:
         """What decides in which space the terms of a parameter live."""
         return (name in self.derived, *(use.chain for use in self.by_parameter[name]))
