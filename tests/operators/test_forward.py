@@ -229,6 +229,7 @@ def test_a_random_model_is_noticed_whatever_it_draws_from():
             return super().forward(x) + random.random()
 
     state = random.getstate()
+    random.seed(0)  # two draws that differ by more than the check's tolerance
     with pytest.raises(ValueError, match="two forward passes"):
         hessian(Noise(4, 3).double(), CE, (make("linear", 6)[1], class_targets(6)))
     random.setstate(state)
