@@ -257,6 +257,29 @@ def trace(result: dict[str, Any]) -> str:
     )
 
 
+def ggn_spectrum(result: dict[str, Any]) -> str:
+    """All eigenvalues of a Gauss-Newton matrix against one Lanczos probe."""
+    rows = [
+        [
+            r["loss"],
+            r["way"],
+            str(r["eigenvalues"] or "sampled"),
+            f"{r['error']:.0e}" if r["error"] is not None else "",
+            f"{r['cpu_s']:.2f}",
+            f"{r['gradients']:.0f}",
+            f"**{r['ratio']:.1f}**",
+        ]
+        for r in result["rows"]
+    ]
+    header = ["loss", "way", "eigenvalues", "largest error", "CPU s", "gradients", "ratio"]
+    return (
+        "## Gauss-Newton spectrum\n\n"
+        "`fk.ggn_spectrum`, all non-zero eigenvalues, against one probe of stochastic Lanczos quadrature. *Ratio*:\n"
+        "time over that of all eigenvalues. *Largest error*: against float64, relative to the largest eigenvalue.\n\n"
+        f"`python -m benchmarks.bench_ggn_spectrum`\n\n{_table(header, rows)}\n{_settings(result)}"
+    )
+
+
 def hessian_trace(result: dict[str, Any]) -> str:
     """The Hessian's trace to 1 %."""
     rows = [
@@ -294,6 +317,7 @@ SECTIONS = {
     "measurement": measurement,
     "ggn_trace": ggn_trace,
     "hessian_trace": hessian_trace,
+    "ggn_spectrum": ggn_spectrum,
     "kernels": kernels,
     "attention": attention,
 }

@@ -37,7 +37,8 @@ def _to_shape(value: Tensor, shape: torch.Size) -> Tensor:
     """[K, n, *sample's output] → [K, n, *shape], summed over axes that the operand lacks or has once."""
     extra = value.ndim - 2 - len(shape)
     axes = list(range(2, 2 + extra))
-    axes += [2 + extra + j for j, size in enumerate(shape) if size == 1 and value.shape[2 + extra + j] != 1]
+    axes += [2 + extra + j for j, size in enumerate(shape) if size == 1]
+    axes = [axis for axis in axes if value.shape[axis] != 1]  # without one to sum it stays a view
     if axes:
         value = value.sum(axes, keepdim=True)
     return value.reshape(*value.shape[:2], *shape)
