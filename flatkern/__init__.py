@@ -24,6 +24,7 @@ from flatkern.estimators import (
 from flatkern.flatness import ggn_trace, gradient_norms, sharpness
 from flatkern.geometry import Geometry, LayerGeometry, geometry
 from flatkern.ggn_eigenvalues import GGNSpectrum, ggn_spectrum
+from flatkern.ggn_entries import GGNEntries, ggn_diagonal, ggn_matrix
 from flatkern.max_eigenvalue import MaxEigenvalue, max_eigenvalue
 from flatkern.operators import LinearOperator, fisher, ggn, hessian, hvp, jacobian
 from flatkern.planning import Plan, plan
@@ -43,6 +44,7 @@ __all__ = [
     "Eigenpairs",
     "Estimate",
     "FunctionTrace",
+    "GGNEntries",
     "GGNSpectrum",
     "Geometry",
     "HessianTrace",
@@ -61,6 +63,8 @@ __all__ = [
     "fisher",
     "geometry",
     "ggn",
+    "ggn_diagonal",
+    "ggn_matrix",
     "ggn_spectrum",
     "ggn_trace",
     "gradient_norms",

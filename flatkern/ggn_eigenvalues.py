@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from flatkern.curvature_rows import CurvatureRows, Survey
 from flatkern.estimators.eigenpairs import eigsh
+from flatkern.ggn_entries import summed_products
 from flatkern.gradient_rows import gram
 from flatkern.linearize import Forward, budget
 from flatkern.losses import Reduction
@@ -18,7 +19,6 @@ from flatkern.operators import ggn
 from flatkern.operators.adapters import as_operator
 from flatkern.operators.base import LinearOperator
 from flatkern.operators.linearization import vector_kind
-from flatkern.parameter_rows import explicit_rows
 from flatkern.problem import ParameterSelection, differentiation
 from flatkern.root_jacobian import EigenvectorOperator, RootJacobian
 
@@ -192,15 +192,6 @@ def _gram(
 def _primal(
     rows: CurvatureRows, survey: Survey, parameters: int, limit: int
 ) -> tuple[Tensor, float, tuple[str, ...]]:
-    trace, notes = 0.0, dict[str, None]()
-    matrix: Tensor | None = None
-    for chunk in rows.chunks(limit // 4, tuple(rows.parameters)):
-        if matrix is None:
-            device = chunk.lin.output.device
-            matrix = torch.zeros(parameters, parameters, dtype=torch.float64, device=device)
-        notes.update(dict.fromkeys(chunk.gradients.notes))
-        for block in explicit_rows(chunk.gradients, rows.parameters, limit // 4):
-            matrix.addmm_(block.mT, block)
-            trace += float(block.square().sum())
-    assert matrix is not None
-    return matrix / survey.denominator, trace / survey.denominator, tuple(notes)
+    matrix, notes = summed_products(rows, parameters, limit)
+    matrix /= survey.denominator
+    return matrix, float(matrix.diagonal().sum()), notes
