@@ -25,6 +25,7 @@ from flatkern.flatness import ggn_trace, gradient_norms, sharpness
 from flatkern.geometry import Geometry, LayerGeometry, geometry
 from flatkern.ggn_eigenvalues import GGNSpectrum, ggn_spectrum
 from flatkern.ggn_entries import GGNEntries, ggn_diagonal, ggn_matrix
+from flatkern.kronecker import KFAC, kfac
 from flatkern.max_eigenvalue import MaxEigenvalue, max_eigenvalue
 from flatkern.operators import LinearOperator, fisher, ggn, hessian, hvp, jacobian
 from flatkern.planning import Plan, plan
@@ -39,6 +40,7 @@ except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "KFAC",
     "Bounds",
     "Diagonal",
     "Eigenpairs",
@@ -73,6 +75,7 @@ __all__ = [
     "hvp",
     "jacobian",
     "kernels",
+    "kfac",
     "local_dimensionality",
     "log_volume",
     "logdet",

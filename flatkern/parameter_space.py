@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from flatkern.uses import ParameterUse
+from flatkern.layers.term import Term
+from flatkern.uses import DerivedTerm, ParameterUse
 
-__all__ = ["entries_of", "spread"]
+__all__ = ["entries_of", "own_term", "spread"]
 
 _DIGIT = 1 << 20
 """Indices are pulled back in digits that float32 holds exactly."""
@@ -59,3 +60,14 @@ def entries_of(uses: Sequence[ParameterUse], parameter: Tensor, shape: Sequence[
     places = torch.empty(size, dtype=torch.long, device=parameter.device)
     places[back[present] - 1] = present
     return places
+
+
+def own_term(parameter: Tensor, groups: Sequence[tuple[Sequence[ParameterUse], Term]]) -> Term:
+    """All terms of a parameter as one, in the parameter's own space."""
+    parts = []
+    for uses, term in groups:
+        edge = _source(uses) if uses else None
+        parts.append((None if edge is None else (edge.node, edge.output_nr), term))
+    if len(parts) == 1 and parts[0][0] is None:
+        return parts[0][1]
+    return DerivedTerm(parameter, parts)
