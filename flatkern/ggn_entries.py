@@ -67,8 +67,8 @@ def ggn_diagonal(
     """The diagonal of the generalized Gauss-Newton matrix, exact by layer rules, with the loss.
 
     diag G = Σ_i Σ_k γ_ik² / denominator, γ_ik = s_ik·∂f(x_i)/∂θ with the columns s_ik of a root of the output Hessian.
-    For a dense layer on vectors γ = g aᵀ, so that it is Σ_i (Σ_k g_ik²)(a_i²)ᵀ: one matrix product, no gradient. Where a
-    weight is shared over positions the small per-sample gradients are formed in chunks, then squared.
+    For a dense layer on vectors γ = g aᵀ, so that it is Σ_i (Σ_k g_ik²)(a_i²)ᵀ: one matrix product. Where a weight is
+    shared over positions the small per-sample gradients are formed in chunks, then squared.
 
     Args:
         model, loss_fn, data, params, reduction, forward: as for :func:`flatkern.ggn_trace`.
@@ -189,7 +189,8 @@ def ggn_matrix(
     Example:
         >>> import torch, flatkern as fk
         >>> model = torch.nn.Linear(2, 1)
-        >>> fk.ggn_matrix(model, torch.nn.MSELoss(), (torch.tensor([[1.0, 2.0]]), torch.zeros(1, 1))).values.round(decimals=4)
+        >>> g = fk.ggn_matrix(model, torch.nn.MSELoss(), (torch.tensor([[1.0, 2.0]]), torch.zeros(1, 1)))
+        >>> g.values.round(decimals=4)
         tensor([[2., 4., 2.],
                 [4., 8., 4.],
                 [2., 4., 2.]], dtype=torch.float64)

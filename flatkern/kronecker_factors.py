@@ -7,9 +7,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from flatkern.ggn_entries import squares_summed
 from flatkern.gradient_rows import Chunk
+from flatkern.graph import TRANSPOSES, VIEWS
 from flatkern.kronecker_blocks import CurvatureBlock, DenseBlock, DiagonalBlock, KroneckerBlock, Places
 from flatkern.layers.outer import OuterTerm
 from flatkern.layers.rule import operation
@@ -176,26 +178,46 @@ def _is_weight(found: list[Group], parameter: Tensor) -> bool:
 def _bias_of(
     found: list[Group], groups: Mapping[str, list[Group]], taken: set[str]
 ) -> tuple[str, list[int]] | None:
-    """The bias that the very same operations add, and which of its parts goes with each of the weight's."""
-    wanted = [{use.site.node for use in uses} for uses, _ in found]
+    """The bias that is added to the very same products, and which of its parts goes with each of the weight's."""
+    wanted: list[set[Node | None]] = [{use.site.node for use in uses} for uses, _ in found]
     for name, candidates in groups.items():
         if name in taken or len(candidates) != len(found):
             continue
-        if not all(isinstance(t, DenseTerm) and uses and all(map(_adds, uses)) for uses, t in candidates):
+        if not all(isinstance(t, DenseTerm) and uses for uses, t in candidates):
             continue
-        nodes = [{use.site.node for use in uses} for uses, _ in candidates]
-        if all(n in nodes for n in wanted):
-            return name, [nodes.index(n) for n in wanted]
+        nodes = [{_product_of(use) for use in uses} for uses, _ in candidates]
+        if not all(n in nodes for n in wanted):
+            continue
+        order = [nodes.index(n) for n in wanted]
+        if all(_sums(candidates[i][1], term) for i, (_, term) in zip(order, found, strict=True)):
+            return name, order
     return None
 
 
-def _adds(use: ParameterUse) -> bool:
-    """Whether a parameter is the bias of a dense layer or convolution: its gradient is Σ_t g_t."""
-    node: Any = use.site.node
-    if operation(node) == "Addmm":
-        plain = node._saved_alpha == 1 and node._saved_beta == 1
-        return use.site.operand == 0 and plain and len(use.site.shape) == 1
-    return operation(node) == "Convolution" and use.site.operand == 2 and not node._saved_transposed
+def _product_of(use: ParameterUse) -> Node | None:
+    """The product that a parameter is added to: in one operation, or by an addition after reshaping."""
+    node = use.site.node
+    kind, operand = operation(node), use.site.operand
+    if (kind, operand) in (("Addmm", 0), ("Convolution", 2)):
+        return node
+    if kind != "Add":
+        return None
+    below = node.next_functions[1 - operand][0]
+    while below is not None and operation(below) in VIEWS | TRANSPOSES:
+        below = below.next_functions[0][0]
+    return below
+
+
+def _sums(bias: Term, weight: Term) -> bool:
+    """Whether the bias's gradient is Σ_t g_t with the weight's cotangents (nothing else sees the bare product)."""
+    assert isinstance(bias, DenseTerm)
+    assert isinstance(weight, OuterTerm)
+    total = weight.cotangents.sum(3).flatten(2)
+    given = bias.gradients.flatten(2)
+    if total.shape != given.shape:
+        return False
+    tolerance = 1e4 * torch.finfo(total.dtype).eps * float(total.abs().max())
+    return float((total - given).abs().max()) <= tolerance
 
 
 def _weight_entries(

@@ -159,7 +159,7 @@ def test_loaders_and_little_memory_give_the_same(name, approx):
     assert whole.loss == pytest.approx(float(F.mse_loss(model(x.clone()), y).detach()))
 
 
-@pytest.mark.parametrize("name", ["mlp tanh", "vgg", "attention", "cross attention", "siamese", "gpt tied"])
+@pytest.mark.parametrize("name", ["mlp tanh", "vgg", "attention", "cross attention", "lstm", "gpt tied"])
 def test_projections_tied_weights_and_splits_have_factors(name):
     model, x = {**networks(), **rule_networks()}[name]
     y = torch.rand_like(model(x.clone()).detach())
@@ -170,12 +170,10 @@ def test_projections_tied_weights_and_splits_have_factors(name):
         "vgg": {"0.weight", "0.bias", "3.weight", "6.bias"},
         "attention": {"encoder.self_attn.in_proj_weight", "encoder.linear1.weight", "head.bias"},
         "cross attention": {"attention.in_proj_weight", "attention.in_proj_bias", "head.weight"},
-        "siamese": {"encoder.weight"},
+        "lstm": {"layer.weight_ih_l0", "layer.bias_ih_l0", "layer.weight_hh_l0", "layer.bias_hh_l0"},
         "gpt tied": {"up.weight", "down.weight", "qkv"},
     }[name]
     assert wanted <= factored, wanted - factored
-    one = fk.kfac(model, nn.MSELoss(), (x[:1], y[:1]), max_block=0)  # PSD and finite is not enough: traces
-    assert one.trace > 0
 
 
 @pytest.mark.parametrize("loss", list(LOSSES))
@@ -234,12 +232,8 @@ def test_sampled_factors_are_unbiased_and_float32_keeps_its_dtype():
 
 def test_bad_arguments():
     model, data = nn.Linear(3, 2), (torch.randn(4, 3), torch.arange(4) % 2)
-    for settings, match in (
-        ({"approx": "both"}, "approx"),
-        ({"fisher": "no"}, "fisher"),
-        ({"max_block": -1}, "max_block"),
-    ):
-        with pytest.raises(ValueError, match=match):
+    for settings in ({"approx": "both"}, {"fisher": "no"}, {"max_block": -1}):
+        with pytest.raises(ValueError, match=next(iter(settings))):
             fk.kfac(model, CE, data, **settings)
 
 
@@ -251,17 +245,9 @@ def test_curvlinops_agrees(name, approx):
     model, x = networks()[name]
     y = torch.randint(3, (len(x),))
     chosen = dict(model.named_parameters())
-    fisher = curvlinops.FisherType.TYPE2 if hasattr(curvlinops, "FisherType") else "type-2"
-    settings = {
-        "fisher_type": fisher,
-        "kfac_approx": approx,
-        "check_deterministic": False,
-        "separate_weight_and_bias": False,
-    }
-    try:
-        peer = curvlinops.KFACLinearOperator(model, CE, chosen, [(x, y)], **settings)
-    except (TypeError, AttributeError, ValueError):
-        peer = curvlinops.KFACLinearOperator(model, CE, list(chosen.values()), [(x, y)], **settings)
+    settings = {"fisher_type": curvlinops.FisherType.TYPE2, "kfac_approx": approx}
+    settings |= {"check_deterministic": False, "separate_weight_and_bias": False}
+    peer = curvlinops.KFACLinearOperator(model, CE, list(chosen.values()), [(x, y)], **settings)
     size = sum(p.numel() for p in chosen.values())
     theirs = (peer @ torch.eye(size, dtype=torch.float64)).detach()
     torch.testing.assert_close(

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 import flatkern as fk
+from flatkern.gradient_rows import GradientRows
+from flatkern.losses import identity_cotangents
 from tests.core.networks import NAMES, RULE_NAMES, TinyGPT, networks, parameter_jacobian, rule_networks
 
 
@@ -65,3 +67,17 @@ def test_a_kernel_beyond_memory_is_refused():
         fk.ntk(nn.Linear(3, 2), torch.randn(50, 3), max_memory=1000)
     with pytest.raises(ValueError, match="x2"):
         fk.ntk(nn.Linear(3, 2), torch.randn(5, 3), torch.full((2, 3), float("nan")))
+
+
+def test_chunks_hold_what_they_may():
+    model, x = networks()["vgg"]
+    x = x.repeat(8, 1, 1, 1)
+    rows = GradientRows(
+        model, [(x, None)], dict(model.named_parameters()), lambda f, _t, _i: identity_cotangents(f)
+    )
+    (whole,) = rows.chunks(1 << 30)
+    for limit in (whole.bytes, whole.bytes // 3, whole.bytes // 10):
+        found = list(rows.chunks(limit))
+        assert max(chunk.bytes for chunk in found) <= limit
+        assert [c.start for c in found[1:]] == [c.rows.stop for c in found[:-1]]
+    assert len(found) < 32
