@@ -40,7 +40,7 @@ class GGNSpectrum:
     trace: float | None
     """Tr G as the trace of the matrix that was decomposed; ``None`` for Lanczos."""
     trace_error: float | None
-    """|Σ all eigenvalues − Tr G| / Tr G, Tr G from the rows' squared norms as in :func:`flatkern.ggn_trace`."""
+    """|Σ all eigenvalues − Tr G| / Tr G, Tr G by ghost norms (of the Gauss-Newton matrix itself: its diagonal)."""
     method: str
     num_data: int
     num_rows: int
