@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +14,7 @@ from flatkern.gradient_rows import Chunk, GradientRows
 from flatkern.linearize import Forward
 from flatkern.loss_data import LossData, check_target, output_gradient, separate_loss
 from flatkern.losses import Reduction
-from flatkern.operators.batches import fingerprint, reading, same_fingerprint
+from flatkern.operators.batches import batch_seed, fingerprint, reading, same_fingerprint
 from flatkern.operators.determinism import CHANGED_DATA
 from flatkern.problem import (
     ParameterSelection,
@@ -161,7 +160,7 @@ class CurvatureRows:
             return output_gradient(self.loss, output, target).unsqueeze(0)
         if self.kind == "mc":
             assert self.loss.sampled is not None
-            seed = int(np.random.SeedSequence([self._seed, start]).generate_state(1, np.uint64)[0] >> 1)
+            seed = batch_seed(self._seed, start)
             generator = torch.Generator().manual_seed(seed)
             drawn = [self.loss.sampled(output, target, generator) for _ in range(self._draws)]
             return torch.stack(drawn) / self._draws**0.5

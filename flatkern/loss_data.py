@@ -12,6 +12,7 @@ from flatkern.linearize import Forward
 from flatkern.losses import Loss, Reduction, resolve_loss
 from flatkern.operators.batches import OperatorData, tensors_in
 from flatkern.operators.evaluation import evaluate
+from flatkern.operators.ggn_op import output_gradient as mean_gradient
 from flatkern.problem import check_input, model_device
 from flatkern.samples import count_samples
 
@@ -42,12 +43,8 @@ def check_target(loss: Loss, output: Tensor, target: Tensor, unchecked: list[boo
 
 def output_gradient(loss: Loss, output: Tensor, target: Tensor) -> Tensor:
     """∂(numerator)/∂f, [*output]; zeros where the loss does not depend on the output."""
-    leaf = output.clone().requires_grad_()
-    value = loss.numerator(leaf.view_as(leaf), target)  # a view, as a loss may write to its argument in place
-    if not value.requires_grad:
-        return torch.zeros_like(output)
-    (gradient,) = torch.autograd.grad(value, leaf, allow_unused=True)
-    return torch.zeros_like(output) if gradient is None else gradient
+    found = mean_gradient(output.detach(), target, loss, create_graph=False)
+    return torch.zeros_like(output) if found is None else found[1] * len(output)
 
 
 class LossData:

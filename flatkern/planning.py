@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from flatkern.allocation import AllocationMeter
-from flatkern.estimators.common import square_operator
+from flatkern.estimators.common import row_bytes, square_operator
 from flatkern.estimators.footprint import FOOTPRINTS
 from flatkern.operators import fisher, ggn, hessian
 from flatkern.operators.base import LinearOperator
@@ -97,13 +97,12 @@ def _estimator(fn: Callable[..., Any], arguments: dict[str, Any]) -> Plan:
     need = FOOTPRINTS[fn](op, arguments)
     columns = max(1, min(need.columns, need.matvecs))
     product_bytes, seconds = _product(op, columns)
-    row = op.shape[1] * torch.finfo(op.dtype).bits // 8
     batches = getattr(getattr(op, "info", None), "batches", 0)
     return Plan(
         what=fn.__name__,
         passes=need.matvecs if batches else 0,
         matvecs=need.matvecs,
-        bytes=int(need.vectors * row) + product_bytes,
+        bytes=int(need.vectors * row_bytes(op)) + product_bytes,
         seconds=seconds * math.ceil(need.matvecs / columns),
         at_most=need.at_most,
         notes=() if batches else ("the operator's data, if there are any, are not known",),

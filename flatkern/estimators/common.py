@@ -18,6 +18,7 @@ __all__ = [
     "progress_bar",
     "rademacher",
     "require_finite",
+    "row_bytes",
     "rows_per_block",
 ]
 
@@ -91,8 +92,12 @@ def gaussian(count: int, op: LinearOperator, generator: torch.Generator) -> Tens
 
 def rows_per_block(op: LinearOperator) -> int:
     """How many vectors to hand to an operator at once: at most 32, and at most 64 MiB."""
-    row_bytes = op.shape[1] * torch.finfo(op.dtype).bits // 8
-    return max(1, min(_BLOCK_ROWS, _BLOCK_BYTES // row_bytes))
+    return max(1, min(_BLOCK_ROWS, _BLOCK_BYTES // row_bytes(op)))
+
+
+def row_bytes(op: LinearOperator) -> int:
+    """Bytes of one vector [P]."""
+    return op.shape[1] * op.dtype.itemsize
 
 
 def require_finite(values: Tensor, what: str) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -168,7 +168,7 @@ def diagonal(
         notes = (f"max_matvecs: {planned} products were planned, {max_matvecs} allowed",)
     else:
         notes = () if met else ("the values spread more than the pilot had predicted; ask for more samples",)
-    return Diagonal(**{**vars(result), "converged": not notes, "notes": notes})
+    return replace(result, converged=not notes, notes=notes)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from flatkern.estimators.interrupt import Interruptible
 from flatkern.estimators.restarted_lanczos import LanczosBasis
 from flatkern.operators.base import LinearOperator
 
-__all__ = ["Eigenpairs", "eigsh"]
+__all__ = ["Eigenpairs", "basis_width", "eigsh"]
 
 _NOISE = 0.3  # norm of the random part of a first vector made from given ones; costs next to nothing
 _INTERRUPTED = (
@@ -92,7 +92,7 @@ def eigsh(
         tol: residual relative to the largest |Ritz value|; default 1e-8 in float64 and 1e-4 in float32. Far
             below 1e-6 in float32 rounding decides, and the pairs are reported as not converged.
         max_matvecs: all products together, at least 2 k; the k products of the final residuals included.
-        basis_size: vectors kept, at least k + block_size (or P); default max(24, 1.25 k + 16, k + 6 block_size).
+        basis_size: vectors kept, at least k + block_size (or P); default max(24, 2 k + 12, k + 6 block_size).
             Memory (basis_size + block_size + k) · P.
         block_size: vectors multiplied at once. Default: 1, and wider (to 8) once directions run out or a fresh
             start finds a missed copy, as multiple eigenvalues do. A fixed b > 1 takes more products in all and
@@ -138,10 +138,9 @@ def eigsh(
     limit = check_positive(tol, "tol") or (1e-8 if operator.dtype == torch.float64 else 1e-4)
     block = min(size, 1 if block_size is None else check_count(block_size, "block_size"))
     check_count(max_matvecs, "max_matvecs", least=k + -(-k // block) * block)
-    width = (
-        max(2 * k + 12, 24, k + 6 * block) if basis_size is None else check_count(basis_size, "basis_size")
-    )
-    width = min(size, width)
+    if basis_size is not None:
+        check_count(basis_size, "basis_size")
+    width = basis_width(size, k, block, basis_size)
     check_count(width, "basis_size", least=min(size, k + block))
     first = None if start is None else _start_vectors(start, operator)
     require_seed(checkpoint, generator)
@@ -202,6 +201,11 @@ def eigsh(
         seconds=time.perf_counter() - begun,
         notes=tuple(notes),
     )
+
+
+def basis_width(size: int, k: int, block: int, asked: int | None) -> int:
+    """How many vectors the basis holds beside the pending block."""
+    return min(size, max(24, 2 * k + 12, k + 6 * block) if asked is None else asked)
 
 
 def _start_vectors(start: Any, op: LinearOperator) -> Tensor:

@@ -6,16 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from flatkern.estimators.common import rows_per_block
+from flatkern.estimators.common import row_bytes, rows_per_block
 from flatkern.estimators.diagonal import diagonal
-from flatkern.estimators.eigenpairs import eigsh
+from flatkern.estimators.eigenpairs import basis_width, eigsh
 from flatkern.estimators.linear_solve import DEFAULT_ITERATIONS, solve
 from flatkern.estimators.log_determinant import logdet
-from flatkern.estimators.matrix_function import EXACT_SIZE, FEWEST_KEPT, trace_function
+from flatkern.estimators.matrix_function import EXACT_SIZE, kept_of_group, trace_function
 from flatkern.estimators.slq import BASIS_BYTES, kept_vectors, spectral_density
-from flatkern.estimators.stochastic_quadrature import PILOT
+from flatkern.estimators.stochastic_quadrature import PILOT, group_size
 from flatkern.estimators.stochastic_trace import trace
 from flatkern.operators.base import LinearOperator
 
@@ -40,7 +38,7 @@ Arguments = Mapping[str, Any]
 
 def _eigsh(op: LinearOperator, a: Arguments) -> Footprint:
     size, k, block = op.shape[0], a["k"], a["block_size"] or 1
-    width = min(size, a["basis_size"] or max(24, 2 * k + 12, k + 6 * block))
+    width = basis_width(size, k, block, a["basis_size"])
     return Footprint(min(a["max_matvecs"], size * 4), block, width + k + 3 * block, at_most=True)
 
 
@@ -48,7 +46,7 @@ def _spectral_density(op: LinearOperator, a: Arguments) -> Footprint:
     probes, steps = a["probes"], min(a["steps"], op.shape[0])
     if a["max_matvecs"] is not None:
         steps = max(1, min(steps, a["max_matvecs"] // probes))
-    keep = kept_vectors(a["reorthogonalize"], steps, BASIS_BYTES // (probes * _row_bytes(op)))
+    keep = kept_vectors(a["reorthogonalize"], steps, BASIS_BYTES // (probes * row_bytes(op)))
     return Footprint(probes * steps, probes, probes * (3 + keep))
 
 
@@ -58,15 +56,12 @@ def _quadrature(op: LinearOperator, a: Arguments) -> Footprint:
         a["method"] == "auto" and size <= EXACT_SIZE and probes is None and steps is None
     ):
         return Footprint(size, min(size, 64), size + 64)
-    group = min(max(4, rows_per_block(op)), probes or PILOT)
+    group = group_size(op, probes or PILOT)
     known = probes is not None and steps is not None
     most = min(size, steps or a["max_matvecs"] // (probes or PILOT))
-    fitting = BASIS_BYTES // (group * _row_bytes(op))
-    fitting = fitting if fitting >= FEWEST_KEPT else 0
-    asked = a["reorthogonalize"]
-    keep = kept_vectors(fitting if asked is None else asked, size, fitting)
-    chunks = 16 * -(-min(keep, most) // 16)
-    matvecs = probes * most if probes is not None and steps is not None else a["max_matvecs"]
+    keep = kept_of_group(op, group, a["reorthogonalize"])
+    chunks = 16 * -(-min(keep, most) // 16)  # room is made for so many at a time
+    matvecs = probes * most if known else a["max_matvecs"]
     return Footprint(matvecs, group, group * (3 + min(keep, chunks)), at_most=not known)
 
 
@@ -82,7 +77,7 @@ def _sampled(op: LinearOperator, a: Arguments) -> Footprint:
     block = min(rows_per_block(op), k or PILOT)
     wide = 8 / op.dtype.itemsize  # quadratic forms are summed in float64
     if k is None:
-        sketch = min(size, a["max_memory"] // (4 * _row_bytes(op)), a["max_matvecs"] // 2)
+        sketch = min(size, a["max_memory"] // (4 * row_bytes(op)), a["max_matvecs"] // 2)
         sketch = 0 if method == "hutchinson" else sketch
         return Footprint(a["max_matvecs"], rows_per_block(op), max(4 * sketch, 8 * block), at_most=True)
     if method == "exact" or (method == "auto" and size <= k):
@@ -91,10 +86,6 @@ def _sampled(op: LinearOperator, a: Arguments) -> Footprint:
     products = {"auto": k, "hutchinson": k, "hutch++": 3 * k, "xtrace": 2 * k, "xdiag": 2 * k, "xnystrace": k}
     kept = {"hutch++": 4 * k, "xtrace": 4 * k, "xdiag": 4 * k, "xnystrace": 3.3 * k}.get(method, 0)
     return Footprint(products[method], block, max(kept, forms + kept / 2))
-
-
-def _row_bytes(op: LinearOperator) -> int:
-    return op.shape[1] * torch.finfo(op.dtype).bits // 8
 
 
 FOOTPRINTS: dict[Callable[..., Any], Callable[[LinearOperator, Arguments], Footprint]] = {

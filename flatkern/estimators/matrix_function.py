@@ -19,13 +19,13 @@ from flatkern.estimators.common import (
     make_generator,
     progress_bar,
     require_finite,
-    rows_per_block,
+    row_bytes,
     square_operator,
 )
 from flatkern.estimators.function_trace import FunctionTrace, Integrand, Values
 from flatkern.estimators.quadrature import DerivativeSigns
 from flatkern.estimators.slq import BASIS_BYTES, kept_vectors
-from flatkern.estimators.stochastic_quadrature import PILOT, Plan, QuadratureSampler
+from flatkern.estimators.stochastic_quadrature import PILOT, Plan, QuadratureSampler, group_size
 from flatkern.operators.base import LinearOperator
 
 __all__ = ["trace_function"]
@@ -200,17 +200,13 @@ def integrate_trace(
         if size > max_matvecs:
             raise ValueError(f"max_matvecs: the exact trace takes {size} products, more than {max_matvecs}")
         return _exact(op, operator, integrand, start)
-    block = min(max(4, rows_per_block(operator)), probes or PILOT)
-    row_bytes = block * size * torch.finfo(operator.dtype).bits // 8
-    fitting = BASIS_BYTES // row_bytes
-    fitting = fitting if fitting >= FEWEST_KEPT else 0
     plan = Plan(
         probes,
         steps,
         DEFAULT_RTOL if not asked else rtol or 0.0,
         atol or 0.0,
         max_matvecs,
-        kept_vectors(fitting if reorthogonalize is None else reorthogonalize, size, fitting),
+        kept_of_group(operator, group_size(operator, probes or PILOT), reorthogonalize),
     )
     recognised = None if checkpoint is None else _points(f)
     settings = {"f": recognised, "signs": signs, "floor": floor, "ceiling": ceiling, "rtol": plan.rtol}
@@ -243,6 +239,13 @@ def integrate_trace(
         steps=sampler.steps,
         dof=min(count, PILOT if probes is None else count) - 1,
     )
+
+
+def kept_of_group(op: LinearOperator, group: int, reorthogonalize: bool | int | None) -> int:
+    """How many vectors each of a group's probes keeps; by default those that fit, where enough of them do."""
+    fitting = BASIS_BYTES // (group * row_bytes(op))
+    fitting = fitting if fitting >= FEWEST_KEPT else 0
+    return kept_vectors(fitting if reorthogonalize is None else reorthogonalize, op.shape[0], fitting)
 
 
 def _check_bounds(floor: float | None, ceiling: float | None) -> None:

@@ -17,7 +17,7 @@ from flatkern.estimators.interrupt import Interruptible
 from flatkern.estimators.lanczos import LockstepLanczos
 from flatkern.operators.base import LinearOperator
 
-__all__ = ["PILOT", "Plan", "QuadratureSampler"]
+__all__ = ["PILOT", "Plan", "QuadratureSampler", "group_size"]
 
 PILOT = 16
 """Probes whose spread fixes the number of all."""
@@ -59,6 +59,11 @@ class Plan:
         return values.width > share * max(sampling, 0.1 * tolerance) + 1e-13 * abs(mean)
 
 
+def group_size(op: LinearOperator, probes: int) -> int:
+    """How many of so many probes run in lockstep."""
+    return min(max(4, rows_per_block(op)), probes)
+
+
 class QuadratureSampler:
     """Values of ∫ f over the spectral measures of random sign vectors, times P.
 
@@ -78,7 +83,6 @@ class QuadratureSampler:
     ) -> None:
         self._op, self._integrand, self._plan = op, integrand, plan
         self._generator, self._file, self._bar, self._what = generator, file, bar, what
-        self._group = max(4, rows_per_block(op))
         self._cap = min(op.shape[0], plan.max_matvecs // plan.pilot)
         self._steps = 0  # of each probe; 0 until it is decided
         self._parts: list[Values] = []
@@ -125,7 +129,7 @@ class QuadratureSampler:
         self._bar.total = count * (self._steps or self._cap)
         while not self.interrupted and (have := sum(len(p.value) for p in self._parts)) < count:
             if self._run is None:
-                self._run = self._start(min(self._group, count - have))
+                self._run = self._start(group_size(self._op, count - have))
             values = self._finish(self._run, stop)
             if values is not None:
                 self._parts.append(values)

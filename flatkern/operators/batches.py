@@ -16,6 +16,7 @@ from flatkern.problem import Batches
 __all__ = [
     "Forward",
     "OperatorData",
+    "batch_seed",
     "fingerprint",
     "num_samples",
     "reading",
@@ -68,6 +69,11 @@ class OperatorData:
             yield _to_device(batch, self._device)
         if empty:
             raise ValueError("data: no batch in it")
+
+
+def batch_seed(seed: int, index: int) -> int:
+    """The seed of what is drawn for one batch: the same in every pass, and unrelated between batches and seeds."""
+    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def tensors_in(batch: Any) -> list[Tensor]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from flatkern.losses import Reduction
-from flatkern.operators.batches import Forward
+from flatkern.operators.batches import Forward, batch_seed
 from flatkern.operators.curvature import CurvatureOperator
 from flatkern.operators.ggn_op import CurvedOutput, output_gradient
 from flatkern.operators.output_map import OutputMap
@@ -80,7 +79,7 @@ class FisherOperator(CurvatureOperator):
             found = output_gradient(output, target, self._loss, create_graph=False)
             return torch.zeros_like(output)[None] if found is None else found[1].detach()[None] * len(output)
         assert self._loss.sampled is not None
-        seed = int(np.random.SeedSequence([self.seed, index]).generate_state(1, np.uint64)[0] >> 1)
+        seed = batch_seed(self.seed, index)
         generator = torch.Generator().manual_seed(seed)
         return torch.stack([self._loss.sampled(output, target, generator) for _ in range(self.samples)])
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-import numpy as np
 import torch
 from torch import nn
 
+from flatkern.operators.batches import batch_seed
 from flatkern.problem import check_model, model_device, preserve_state
 
 __all__ = ["TrainMode"]
@@ -49,7 +49,7 @@ class TrainMode:
             for m in model.modules()
             if isinstance(m, nn.modules.batchnorm._NormBase) and m.training and m.track_running_stats
         ]
-        seed = int(np.random.SeedSequence([self._seed, index]).generate_state(1, np.uint64)[0] >> 1)
+        seed = batch_seed(self._seed, index)
         device = model_device(model)
         torch.default_generator.manual_seed(seed)
         if device.type == "cuda":
