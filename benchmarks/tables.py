@@ -100,8 +100,8 @@ def probes(result: dict[str, Any]) -> str:
         "flatkern against the bound",
     ]
     return (
-        "## Probes and the Lanczos step\n\nEight vectors of the size of the MLP 784-512-512-10, one thread. The bound is "
-        "what moving the same bytes takes.\n\n"
+        "## Probes and the Lanczos step\n\nEight vectors of the size of the MLP 784-512-512-10, one thread. The "
+        "bound is what moving the same bytes takes.\n\n"
         f"`python -m benchmarks.bench_probes`\n\n{_table(header, rows)}\n{_settings(result)}"
     )
 
