@@ -101,10 +101,12 @@ def _pickled(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "weights_only" not in str(error).lower() and "weights only" not in str(error).lower():
-            raise UserError(f"{path}: torch cannot read it ({' '.join(str(error).split())[:120]})") from None
+        other = re.search(r"GLOBAL (\S+)", str(error))  # the class that weights do not need
+        if other is None:
+            raise UserError(f"{path}: not a file that torch.save wrote") from None
         raise UserError(
-            f"{path}: it holds more than weights, which would run code of the file; save model.state_dict()"
+            f"{path}: it holds more than weights ({other[1]}), which would run code of the file; save "
+            "model.state_dict()"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise UserError(f"{path}: torch cannot read it ({' '.join(str(error).split())[:120]})") from None

@@ -71,7 +71,8 @@ _ALL = (
         "log_volume",
         "log volume (all)",
         "½ ln det JJᵀ",
-        "Mean of the sum of ln σⱼ over all singular values of J = ∂f/∂x, one an output: the log of the local volumetric ratio.",
+        "Mean of the sum of ln σⱼ over all singular values of J = ∂f/∂x, one an output: the log of the local "
+        "volumetric ratio.",
     ),
     Quantity(
         "mls",

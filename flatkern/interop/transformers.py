@@ -25,7 +25,7 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]
 
     Steps are the trainer's ``global_step``. Rows are written to ``flatkern.jsonl`` in its ``output_dir``; training that
     resumes from a checkpoint continues the file from there, training from the start begins it anew (the old one is kept
-    as ``flatkern.jsonl.bak``).
+    as ``flatkern.bak.jsonl``).
 
     Args:
         x, y, loss_fn, every: as for :class:`flatkern.Monitor`; ``x`` defaults to the trainer's training data.

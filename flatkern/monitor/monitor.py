@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -64,6 +65,8 @@ class Monitor:
     A row holds ``step``, ``seconds`` (of training, without measuring), ``measure_seconds``, ``probe`` (tells probe sets
     apart), ``status``, ``train_loss`` (mean of the losses given to :meth:`step` since the row before), ``probe_loss``
     and the columns of docs/demo.md. Training that diverged gives rows with the status ``"not finite"`` and no values.
+    The first measurement raises what is wrong; a later one that fails warns and leaves the reason as the row's status,
+    so that training goes on.
 
     Cost: one :func:`flatkern.geometry` of ``samples`` samples a measurement, and one synchronization with the device.
 
@@ -167,7 +170,7 @@ class Monitor:
 
         Without ``step`` the count goes on where the last row or :meth:`load_state_dict` left it. With it, rows beyond
         (of a run that went on after the checkpoint now loaded) are dropped, with 0 all; a file that loses rows is kept
-        as ``NAME.bak``. ``with`` calls this.
+        as ``NAME.bak.csv`` (``.jsonl``). ``with`` calls this.
         """
         if step is not None:
             dropped = self._record.rewind(_count(step, "step"))
@@ -197,7 +200,7 @@ class Monitor:
         if loss is not None:
             self._add_loss(loss)
         if self._schedule.due(self._step) and self._clock.affordable():
-            return self.measure()
+            return self._measure(tolerant=True)
         return None
 
     def measure(self) -> Row | None:
@@ -205,6 +208,9 @@ class Monitor:
 
         ``None`` where there is a row for this step already, and on all processes but the first.
         """
+        return self._measure(tolerant=False)
+
+    def _measure(self, *, tolerant: bool) -> Row | None:
         if not self._first or self._record.last_step == self._step:
             return None
         if self._record.last_step is not None and self._record.last_step > self._step:
@@ -216,8 +222,15 @@ class Monitor:
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # what training has queued is not the monitor's time
         training, begun = self._clock.training, time.perf_counter()
-        with undisturbed(self._model):
-            values = self._point.measure()
+        try:
+            with undisturbed(self._model):
+                values = self._point.measure()
+        except Exception as error:
+            if not tolerant:
+                raise
+            told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            warnings.warn(f"flatkern: the measurement at step {self._step} failed: {told}", stacklevel=3)
+            values = {"status": told}
         took = time.perf_counter() - begun
         self._clock.measured(took)
         row: Row = {
@@ -238,7 +251,7 @@ class Monitor:
         """Measure the end, unless that has been done, and close what is open. ``with`` calls this."""
         if not self._running:
             return
-        self.measure()
+        self._measure(tolerant=True)
         self.stop()
 
     def __enter__(self) -> Self:
@@ -297,7 +310,7 @@ class Monitor:
         return six_panels(self._record.rows)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write all rows (``.csv``, ``.jsonl``, ``.json``) or the six panels (``.png``, ``.svg``, ``.pdf``) to a file."""
+        """Write all rows (``.csv``, ``.jsonl``, ``.json``) or the six panels (``.png``, ``.svg``, ``.pdf``)."""
         target = Path(path)
         if target.suffix in _FIGURES:
             self.plot().savefig(target)

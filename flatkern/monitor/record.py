@@ -54,13 +54,13 @@ class Record:
             file.write(row_line(row, self._columns if csv else None))
 
     def replace(self, rows: Sequence[Row]) -> None:
-        """Put other rows in the place of all; where that loses any, the old file is kept as ``NAME.bak``."""
+        """Put other rows in the place of all; where that loses any, the old file is kept as ``NAME.bak.csv``."""
         lost = [row for row in self.rows if row not in rows]
         self.rows = list(rows)
         if self.path is None:
             return
         if lost and self.path.exists():
-            os.replace(self.path, self.path.with_name(self.path.name + ".bak"))
+            os.replace(self.path, self.path.with_name(f"{self.path.stem}.bak{self.path.suffix}"))
         self._rewrite()
 
     def rewind(self, step: int) -> bool:

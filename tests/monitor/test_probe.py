@@ -86,7 +86,7 @@ def test_batches_of_another_kind_are_picked() -> None:
     batches = [{"pixels": X, "label": Y}]
     probe = choose_probe(batches, None, 5, 0, lambda b: (b["pixels"], b["label"]))
     assert torch.equal(probe.x, X[:5])
-    with pytest.raises(TypeError, match="a batch must be a tensor or a pair of tensors.*got dict"):
+    with pytest.raises(TypeError, match=r"a batch must be a tensor or a pair of tensors.*got dict"):
         fk.Monitor(mlp(), batches)
 
 

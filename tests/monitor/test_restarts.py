@@ -5,11 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import textwrap
+import multiprocessing
 import time
 from pathlib import Path
 from typing import Any
@@ -73,7 +69,7 @@ def test_continuing_a_file(ending: str, tmp_path: Path) -> None:
     assert steps == [row["step"] for row in again.history] == [0, 5, 10, 15, 20, 23]
     seconds = again.column("seconds")
     assert seconds == sorted(seconds)
-    assert not list(tmp_path.glob("*.bak"))
+    assert not list(tmp_path.glob("*.bak*"))
 
 
 @pytest.mark.parametrize("with_file", [False, True])
@@ -106,7 +102,7 @@ def test_a_restart_from_a_checkpoint_gives_the_rows_of_the_run_without(
         assert a == pytest.approx(b, rel=1e-6, nan_ok=True)
     if path is not None:
         assert values(read_rows(path)) == [pytest.approx(row, nan_ok=True, rel=0) for row in found]
-        assert [row["step"] for row in read_rows(tmp_path / "run.jsonl.bak")] == [0, 5, 10, 15]
+        assert [row["step"] for row in read_rows(tmp_path / "run.bak.jsonl")] == [0, 5, 10, 15]
 
 
 def test_going_back_to_a_step_drops_what_lay_beyond(tmp_path: Path) -> None:
@@ -124,37 +120,36 @@ def test_going_back_to_a_step_drops_what_lay_beyond(tmp_path: Path) -> None:
     other = fk.Monitor(seeded(mlp), X, Y, LOSS, path=path, resume=True).start(0)
     assert other.column("step") == [0]
     assert other.history[0]["sharpness"] != m.history[0]["sharpness"]
-    assert len(read_rows(tmp_path / "run.csv.bak")) == 4
+    assert len(read_rows(tmp_path / "run.bak.csv")) == 4
 
 
 def test_rows_of_other_probe_samples_are_not_continued(tmp_path: Path) -> None:
     path, model = tmp_path / "run.csv", mlp()
     m = fk.Monitor(model, X, Y, path=path).start()
-    with pytest.raises(ValueError, match="path: .*measured on other probe samples"):
+    with pytest.raises(ValueError, match=r"path: .*measured on other probe samples"):
         fk.Monitor(model, X, Y, path=path, resume=True, seed=1)
     with pytest.raises(ValueError, match="state: measured on other probe samples"):
         fk.Monitor(model, X, Y, seed=1).load_state_dict(m.state_dict())
-    with pytest.raises(ValueError, match="state: not a monitor's state_dict; .*probe.* missing"):
+    with pytest.raises(ValueError, match=r"state: not a monitor's state_dict; .*probe.* missing"):
         m.load_state_dict({"step": 3})
 
 
+def train_for_ever(path: Path) -> None:
+    model = mlp()
+    m = fk.Monitor(model, X, Y, LOSS, every=1, path=path).start()
+    train(model, 10**6, m.step)
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
 def test_a_killed_process_leaves_a_file_that_can_be_continued(tmp_path: Path) -> None:
     path = tmp_path / "run.csv"
-    script = textwrap.dedent(
-        f"""
-        import flatkern as fk
-        from tests.monitor.training import LOSS, X, Y, mlp, train
-        model = mlp()
-        m = fk.Monitor(model, X, Y, LOSS, every=1, path={str(path)!r}).start()
-        train(model, 10**6, m.step)
-        """
-    )
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[2])
+    process = multiprocessing.get_context("fork").Process(target=train_for_ever, args=(path,))
+    process.start()
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and (not path.exists() or path.read_text().count("\n") < 12):
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+        time.sleep(0.01)
+    process.kill()
+    process.join()
     m = fk.Monitor(mlp(), X, Y, LOSS, path=path, resume=True)
     steps = m.column("step")
     assert len(steps) >= 10
@@ -175,23 +170,53 @@ def test_new_columns_enlarge_a_csv(tmp_path: Path) -> None:
 
 def test_divergence_is_recorded_and_training_goes_on(tmp_path: Path) -> None:
     path, model = tmp_path / "run.csv", mlp()
-    with fk.Monitor(model, X, Y, LOSS, every=1, path=path) as m:
+    m = fk.Monitor(model, X, Y, LOSS, every=1, path=path).start()
+    for scale in (1e10, float("nan"), float("inf")):
+        with torch.no_grad():
+            model[2].weight.fill_(scale)
         m.step()
-        for scale in (1e10, 1e20, 1e30, float("nan"), float("nan")):
-            with torch.no_grad():
-                model[2].weight.fill_(scale)
-            m.step()
-    assert [row["status"] for row in m.history][-2:] == ["not finite"] * 2
+    m.finish()
+    assert [row["status"] for row in m.history] == ["ok", "ok", "not finite", "not finite"]
     assert math.isnan(m.column("sharpness")[-1])
-    assert [row["step"] for row in read_rows(path)] == list(range(7))
-    m.plot()
+    assert [row["step"] for row in read_rows(path)] == list(range(4))
+
+
+def test_a_measurement_that_fails_is_told_at_the_start_and_recorded_later(tmp_path: Path) -> None:
+    broken = [True]
+
+    def fails_at_times(_: nn.Module) -> float:
+        if broken[0]:
+            raise RuntimeError("out of\nmemory")
+        return 1.0
+
+    path, model = tmp_path / "run.jsonl", mlp()
+    m = fk.Monitor(model, X, every=1, extra={"q": fails_at_times}, path=path)
+    with pytest.raises(RuntimeError, match="out of"):
+        m.start()
+    broken[0] = False
+    m.start()
+    broken[0] = True
+    with pytest.warns(UserWarning, match="at step 1 failed: RuntimeError: out of memory"):
+        m.step()
+    with pytest.raises(ValueError, match="at: step 0 lies before"):
+        m.step(at=0)
+    m.start(1)
+    broken[0] = False
+    m.step()
+    assert [row["status"] for row in read_rows(path)] == ["ok", "RuntimeError: out of memory", "ok"]
 
 
 def test_an_error_in_the_loop_ends_without_a_measurement() -> None:
     model = mlp()
-    with pytest.raises(KeyError), fk.Monitor(model, X) as m:
-        m.step()
-        raise KeyError
+    m = fk.Monitor(model, X)
+
+    def fails() -> None:
+        with m:
+            m.step()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
     assert m.column("step") == [0]
     with pytest.raises(RuntimeError, match="has not been started"):
         m.step()
@@ -212,7 +237,7 @@ def test_only_the_first_process_measures_and_writes(monkeypatch: pytest.MonkeyPa
 def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'a\.txt' must end in \.csv or \.jsonl"):
         fk.Monitor(mlp(), X, path=tmp_path / "a.txt")
-    with pytest.raises(FileNotFoundError, match="the folder .* does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"the folder .* does not exist"):
         fk.Monitor(mlp(), X, path=tmp_path / "none" / "a.csv")
     for name, text, message in (
         ("a.csv", "a,b\n1,2\n", "was not written by a monitor"),

@@ -111,7 +111,7 @@ def test_measured_is_the_model_in_eval_mode() -> None:
     assert row["sharpness"] == pytest.approx(g.sharpness.value, rel=1e-6)
     assert row["nmls"] == pytest.approx(g.nmls.value, rel=1e-6)
     assert row["log_volume"] == pytest.approx(g.log_volume.mean, rel=1e-6)
-    assert row["probe_loss"] == pytest.approx(float(LOSS(quiet(X), Y)), rel=1e-6)
+    assert row["probe_loss"] == pytest.approx(LOSS(quiet(X), Y).item(), rel=1e-6)
 
 
 def test_autocast_and_grad_modes_of_the_loop_do_not_reach_the_measurement() -> None:
