@@ -41,7 +41,7 @@ def read_checkpoint(path: Path, key: str | None = None) -> Checkpoint:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    held = _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
+    held: Any = _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
     if not isinstance(held, Mapping):
         raise UserError(
             f"{path}: it holds a {type(held).__name__}, not a state dict; save model.state_dict()"
@@ -57,8 +57,8 @@ def read_checkpoint(path: Path, key: str | None = None) -> Checkpoint:
                 f"{path}: no state dict in it; there are {_some(map(str, held))}; --key NAME says which it is"
             )
     found = {k: v for k, v in state.items() if isinstance(v, Tensor)}
-    step = next((held[k] for k in _STEPS if type(held.get(k)) is int), None)
-    return Checkpoint(path, found, step)
+    steps = [value for k in _STEPS if type(value := held.get(k)) is int]
+    return Checkpoint(path, found, steps[0] if steps else None)
 
 
 def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:

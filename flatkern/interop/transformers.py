@@ -63,7 +63,7 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Choose the probe set and measure the beginning, or continue the file."""
         model = kwargs["model"]
-        inputs = self._inputs or getattr(model, "main_input_name", "input_ids")
+        inputs = self._inputs or str(getattr(model, "main_input_name", "input_ids"))
         x, *others = self._arguments
         options: dict[str, Any] = {"path": Path(args.output_dir) / "flatkern.jsonl", **self._options}
         if options["path"] is not None:

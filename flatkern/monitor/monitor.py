@@ -141,7 +141,8 @@ class Monitor:
         self._step = self._record.last_step or 0
         self._clock.restore(*_times(self._record.rows))
         self._running = False
-        self._forget_losses()
+        self._loss_sum: Tensor | float = 0.0
+        self._losses = 0
 
     @property
     def history(self) -> list[Row]:
@@ -330,7 +331,7 @@ class Monitor:
         self._losses += 1
 
     def _forget_losses(self) -> None:
-        self._loss_sum: Tensor | float = 0.0
+        self._loss_sum = 0.0
         self._losses = 0
 
     def _check_probe(self, rows: Sequence[Mapping[str, Any]], where: str) -> None:
