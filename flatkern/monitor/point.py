@@ -102,7 +102,10 @@ def _prefixed(inside: str, names: str | Sequence[str] | None) -> list[str] | Non
 
 
 def _as_number(name: str, value: object) -> float:
+    kind = type(value).__name__
+    if isinstance(value, Tensor):
+        value = value.detach()
     try:
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
-        raise TypeError(f"extra: {name!r} gave a {type(value).__name__}; it must give one number") from None
+        raise TypeError(f"extra: {name!r} gave a {kind}; it must give one number") from None
