@@ -38,7 +38,7 @@ def run(name: str, blocks: int) -> dict[str, object]:
         optimizer.step()
         return loss
 
-    monitor = fk.Monitor(model, x, targets, loss_fn, every=EVERY, samples=SAMPLES).start()
+    monitor = fk.Monitor(model, x, every=EVERY, samples=SAMPLES).start()
     training, calls, measuring = [], [], []
     for _ in range(blocks):
         steps, told = 0.0, 0.0

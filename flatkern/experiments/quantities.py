@@ -130,7 +130,7 @@ _ALL = (
         "Largest eigenvalue of the Hessian of the loss; what edge-of-stability work calls sharpness.",
     ),
     Quantity(
-        "gradient_norm_sq",
+        "gradient_norms",
         "gradient norms",
         "mean ‖∂ℓᵢ/∂θ‖²",
         "Mean over samples of the squared norm of each sample's own gradient (of its term before the loss divides).",

@@ -18,7 +18,7 @@ from flatkern.experiments.environment import describe
 from flatkern.experiments.errors import UserError
 from flatkern.experiments.factory import Problem, load_problem
 from flatkern.experiments.output import staged
-from flatkern.experiments.user_quantities import Measured, measure_problem
+from flatkern.experiments.user_quantities import Measured, choose_inputs, measure_problem
 from flatkern.rows import Row, write_csv, write_json
 
 __all__ = ["MeasureConfig", "MeasurePoint", "MeasureResult", "run_measure"]
@@ -119,15 +119,16 @@ def _place(model: nn.Module, device: str | None) -> None:
 
 
 def _measure_all(config: MeasureConfig, problem: Problem, say: Callable[[str], None]) -> list[MeasurePoint]:
+    x = choose_inputs(problem, config.samples, config.seed)
     if not config.checkpoints:
         say("measuring ...")
-        return [MeasurePoint("as made", 0, measure_problem(problem, config.samples, config.seed))]
+        return [MeasurePoint("as made", 0, measure_problem(problem, x, config.seed))]
     found: list[tuple[Path, int | None, Measured]] = []
     for path in config.checkpoints:
         checkpoint = read_checkpoint(path, config.key)
         load_into(problem.model, checkpoint)
         say(f"measuring {path} ...")
-        found.append((path, checkpoint.step, measure_problem(problem, config.samples, config.seed)))
+        found.append((path, checkpoint.step, measure_problem(problem, x, config.seed)))
     steps = positions([(path, step) for path, step, _ in found])
     points = [MeasurePoint(str(path), at, m) for (path, _, m), at in zip(found, steps, strict=True)]
     return sorted(points, key=lambda point: point.step)

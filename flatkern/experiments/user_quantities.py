@@ -15,11 +15,12 @@ from flatkern.experiments.errors import UserError
 from flatkern.experiments.factory import Problem
 from flatkern.losses import resolve_loss
 from flatkern.measurement import bounds_row, geometry_row
-from flatkern.problem import Batches, model_device
+from flatkern.monitor.probe import choose_probe
+from flatkern.problem import Batches, is_pair, model_device
 from flatkern.results import Estimate, PerSample
 from flatkern.rows import Row
 
-__all__ = ["Entry", "Measured", "measure_problem"]
+__all__ = ["Entry", "Measured", "choose_inputs", "measure_problem"]
 
 _REFUSALS = (ValueError, TypeError, RuntimeError, NotImplementedError)
 """What a quantity raises where a model or loss does not have it; the others are measured all the same."""
@@ -33,9 +34,11 @@ class Entry:
     """Of :data:`flatkern.experiments.quantities.QUANTITIES`."""
     value: float
     stderr: float = 0.0
-    """The estimator's own standard error (of an eigenvalue the bound on its error); 0 where exact."""
+    """The estimator's own standard error; 0 where exact."""
     sample_stderr: float | None = None
     """Standard error of the mean over samples."""
+    error_bound: float | None = None
+    """A bound on the error instead of a standard error (of an eigenvalue)."""
     method: str = ""
     seconds: float = 0.0
     problem: str = ""
@@ -49,19 +52,19 @@ class Measured:
     flatness: list[Entry]
     """Of the loss, on all data."""
     geometry: list[Entry]
-    """Of the outputs, on the first samples."""
+    """Of the outputs, on the chosen samples."""
     bounds: fk.Bounds | None
     row: Row
     """All of it flat, for files and curves."""
     notes: tuple[str, ...]
 
 
-def measure_problem(problem: Problem, samples: int, seed: int) -> Measured:
+def measure_problem(problem: Problem, x: Tensor, seed: int) -> Measured:
     """Measure the problem's model as it stands.
 
     Args:
         problem: model (in eval mode), loss and data; the quantities of the loss are of all data.
-        samples: how many of the first inputs the geometry is taken on.
+        x: the inputs that the geometry is taken on (:func:`choose_inputs`).
         seed: of whatever is sampled.
 
     Raises:
@@ -71,7 +74,6 @@ def measure_problem(problem: Problem, samples: int, seed: int) -> Measured:
     loss = _loss(problem)
     flatness = [Entry("loss", loss, method="exact", seconds=time.perf_counter() - started)]
     flatness += loss_flatness(problem, seed)
-    x = _first_inputs(problem, samples)
     geometry: list[Entry] = []
     bounds, row, notes = None, Row(), tuple[str, ...]()
     try:
@@ -83,8 +85,18 @@ def measure_problem(problem: Problem, samples: int, seed: int) -> Measured:
         geometry, row, notes = geometry_entries(g), geometry_row(g) | bounds_row(bounds), g.notes
     for entry in flatness:
         row[entry.key] = entry.value
-        row[f"{entry.key}_stderr"] = entry.stderr
+        row[f"{entry.key}_stderr"] = entry.stderr if entry.error_bound is None else entry.error_bound
     return Measured(flatness, geometry, bounds, row, notes)
+
+
+def choose_inputs(problem: Problem, samples: int, seed: int) -> Tensor:
+    """Inputs for the geometry, drawn once: a loader that shuffles would give every checkpoint others."""
+    x, y = problem.data if is_pair(problem.data) else (problem.data, None)
+    try:
+        probe = choose_probe(x, y, samples, seed)
+    except Exception as error:
+        raise UserError(f"{problem.source}: data cannot be read: {' '.join(str(error).split())}") from error
+    return probe.x.to(model_device(problem.model))
 
 
 def loss_flatness(problem: Problem, seed: int) -> list[Entry]:
@@ -95,7 +107,7 @@ def loss_flatness(problem: Problem, seed: int) -> list[Entry]:
         "ggn_trace": lambda: fk.ggn_trace(model, loss_fn, data, seed=seed, **common),
         "hessian_trace": lambda: fk.hessian_trace(model, loss_fn, data, seed=seed, **common),
         "max_eigenvalue": lambda: fk.max_eigenvalue(model, loss_fn, data, seed=seed, **common),
-        "gradient_norm_sq": lambda: fk.gradient_norms(model, loss_fn, data, **common),
+        "gradient_norms": lambda: fk.gradient_norms(model, loss_fn, data, **common),
     }
     return [_entry(key, way) for key, way in ways.items()]
 
@@ -129,14 +141,15 @@ def _of_result(key: str, result: object, seconds: float) -> Entry:
         left_out = (
             f", {result.rank_deficient} rank-deficient samples left out" if result.rank_deficient else ""
         )
-        return Entry(key, result.mean, result.stderr, result.sample_stderr, result.method + left_out, seconds)
+        method = result.method + left_out
+        return Entry(key, result.mean, result.stderr, result.sample_stderr, method=method, seconds=seconds)
     if isinstance(result, Estimate):
         method = result.method if result.converged else f"{result.method}, tolerance not reached"
-        return Entry(key, result.value, result.stderr, result.sample_stderr, method, seconds)
+        return Entry(key, result.value, result.stderr, result.sample_stderr, method=method, seconds=seconds)
     assert isinstance(result, fk.MaxEigenvalue)
     reached = "" if result.converged else ", not converged"
     method = f"Lanczos, {result.matvecs} products{reached}"
-    return Entry(key, result.value, result.error_bound, method=method, seconds=seconds)
+    return Entry(key, result.value, error_bound=result.error_bound, method=method, seconds=seconds)
 
 
 def _loss(problem: Problem) -> float:
@@ -156,12 +169,3 @@ def _loss(problem: Problem) -> float:
     if not math.isfinite(value):
         raise UserError(f"{problem.source}: the loss is {value} on the data; there is nothing to measure")
     return value
-
-
-def _first_inputs(problem: Problem, samples: int) -> Tensor:
-    parts: list[Tensor] = []
-    for x, _ in Batches(problem.data, model_device(problem.model)):
-        parts.append(x)
-        if sum(map(len, parts)) >= samples:
-            break
-    return torch.cat(parts)[:samples]

@@ -26,6 +26,8 @@ from flatkern.rows import Row, write_rows
 __all__ = ["Monitor"]
 
 _FIGURES = (".png", ".svg", ".pdf")
+_PENDING = 1000
+"""Losses kept on a device before they are added up, which waits for it."""
 
 
 class Monitor:
@@ -141,8 +143,8 @@ class Monitor:
         self._step = self._record.last_step or 0
         self._clock.restore(*_times(self._record.rows))
         self._running = False
-        self._loss_sum: Tensor | float = 0.0
-        self._losses = 0
+        self._loss_sum, self._losses = 0.0, 0
+        self._pending: list[Tensor] = []
 
     @property
     def history(self) -> list[Row]:
@@ -240,8 +242,9 @@ class Monitor:
             "measure_seconds": took,
             "probe": self._fingerprint,
         }
+        self._fold_losses()
         if self._losses:
-            row["train_loss"] = float(self._loss_sum) / self._losses
+            row["train_loss"] = self._loss_sum / self._losses
         self._forget_losses()
         row |= values
         self._record.append(row)
@@ -274,6 +277,7 @@ class Monitor:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue, as plain numbers and lists; put it into the training's checkpoint."""
+        self._fold_losses()
         return {
             "version": 1,
             "step": self._step,
@@ -281,7 +285,7 @@ class Monitor:
             "rows": self.history,
             "training_seconds": self._clock.training,
             "measuring_seconds": self._clock.measuring,
-            "loss_sum": float(self._loss_sum),
+            "loss_sum": self._loss_sum,
             "losses": self._losses,
         }
 
@@ -296,6 +300,7 @@ class Monitor:
             self._record.replace(rows)
         self._step = int(state["step"])
         self._clock.restore(state["training_seconds"], state["measuring_seconds"], _times(rows)[2])
+        self._pending.clear()
         self._loss_sum, self._losses = float(state.get("loss_sum", 0.0)), int(state.get("losses", 0))
 
     def plot(self) -> Any:
@@ -326,13 +331,23 @@ class Monitor:
         if isinstance(loss, Tensor):
             if loss.numel() != 1:
                 raise ValueError(f"loss: expected a scalar, got shape {tuple(loss.shape)}")
-            loss = loss.detach().float().reshape(())
-        self._loss_sum = self._loss_sum + loss
+            if loss.device.type != "cpu":  # its value is not waited for
+                self._pending.append(loss.detach().clone())
+                if len(self._pending) == _PENDING:
+                    self._fold_losses()
+                loss = 0.0
+        self._loss_sum += float(loss.item() if isinstance(loss, Tensor) else loss)
         self._losses += 1
+
+    def _fold_losses(self) -> None:
+        if self._pending:
+            self._loss_sum += float(torch.stack([t.float().reshape(()) for t in self._pending]).sum())
+            self._pending.clear()
 
     def _forget_losses(self) -> None:
         self._loss_sum = 0.0
         self._losses = 0
+        self._pending.clear()
 
     def _check_probe(self, rows: Sequence[Mapping[str, Any]], where: str) -> None:
         other = {str(row.get("probe")) for row in rows} - {self._fingerprint}

@@ -60,21 +60,30 @@ class Point:
     def measure(self) -> Row:
         """The row; one of NaN with the status ``"not finite"`` where training has diverged."""
         probe = self._probe.to(model_device(self._model))
-        with torch.inference_mode(False), torch.no_grad():
-            output = self._called(probe.x)
-            if isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
+        row: Row = {"status": "ok"}
+        if self._loss_fn is not None:
+            output = self._output(probe.x)
+            if not _finite(output):
                 return {"status": "not finite"}
-            row: Row = {"status": "ok"}
-            if self._loss_fn is not None:
-                row["probe_loss"] = self._loss(output, probe.y)
-        row |= self._geometry(probe.x) if probe.x.is_floating_point() else self._sharpness(probe.x)
+            row["probe_loss"] = self._loss(output, probe.y)
+        try:
+            row |= self._geometry(probe.x) if probe.x.is_floating_point() else self._sharpness(probe.x)
+        except ValueError:
+            if self._loss_fn is None and not _finite(self._output(probe.x)):
+                return {"status": "not finite"}
+            raise
         for name, quantity in self._extra.items():
             row[name] = _as_number(name, quantity(self._model))
         return row
 
+    def _output(self, x: Tensor) -> Tensor:
+        with torch.inference_mode(False), torch.no_grad():
+            return self._called(x)
+
     def _loss(self, output: Tensor, target: Tensor | None) -> float:
         assert self._loss_fn is not None
-        value = self._loss_fn(output, target)  # type: ignore[arg-type]
+        with torch.no_grad():
+            value = self._loss_fn(output, target)  # type: ignore[arg-type]
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise ValueError("loss_fn: it must return one scalar tensor, as with reduction='mean' or 'sum'")
         return float(value)
@@ -93,6 +102,10 @@ class Point:
             "sqrt_sharpness": math.sqrt(s.value),
         }
         return row if s.method == "exact" else row | {"sharpness_sketch_stderr": s.stderr}
+
+
+def _finite(output: object) -> bool:
+    return not isinstance(output, Tensor) or bool(torch.isfinite(output).all())
 
 
 def _prefixed(inside: str, names: str | Sequence[str] | None) -> list[str] | None:

@@ -77,7 +77,7 @@ def entry_table(entries: list[Entry]) -> Table:
             [
                 name,
                 Cell(number(e.value, 4), e.value),
-                Cell(f"± {number(e.stderr, 2)}" if e.stderr else "exact", e.stderr),
+                Cell(_own_error(e), e.stderr),
                 Cell(
                     "" if across is None else f"± {number(across, 2)}", math.nan if across is None else across
                 ),
@@ -91,7 +91,7 @@ def entry_table(entries: list[Entry]) -> Table:
             ("value", ""),
             (
                 "own error",
-                "Standard error of the estimate for these data; of an eigenvalue a bound on its error.",
+                "Standard error of the estimate for these data; ≤: a bound instead.",
             ),
             (
                 "over samples",
@@ -148,6 +148,12 @@ def series_table(result: MeasureResult) -> Table:
     return Table(headings, rows)
 
 
+def _own_error(e: Entry) -> str:
+    if e.error_bound is not None:
+        return f"≤ {number(e.error_bound, 2)}"
+    return f"± {number(e.stderr, 2)}" if e.stderr else "exact"
+
+
 def _side(log: float) -> str:
     """A side from its logarithm, which may be too large for a number."""
     if -600 < log < 600:
@@ -162,7 +168,7 @@ def _facts(result: MeasureResult) -> list[tuple[str, str]]:
         ("model", f"{result.model}, {result.parameters:,} parameters that train, in eval mode"),
         ("loss", result.loss),
         ("quantities of the loss", "on all samples the factory gave"),
-        ("geometry and bounds", f"on the first {config.samples} samples at most"),
+        ("geometry and bounds", f"on {config.samples} samples drawn from them, or all where there are fewer"),
         ("seed", str(config.seed)),
         ("started", result.started),
         ("time", f"{result.seconds:.1f} s"),

@@ -18,6 +18,7 @@ from torch import nn
 import flatkern as fk
 from flatkern.cli import main
 from flatkern.experiments.user_model import MeasureConfig, run_measure
+from flatkern.monitor.probe import choose_probe
 from tests.experiments import user_problem
 
 FILE = Path(user_problem.__file__)
@@ -51,13 +52,14 @@ def test_numbers_are_those_of_the_functions(tmp_path: Path, capsys: pytest.Captu
     found = run(tmp_path, "make", "--samples", "20")["points"][0]
     net, loss_fn, data = user_problem.make()
     net.eval()
-    g = fk.geometry(net, data[0][:20])
+    x = choose_probe(*data, 20, 0).x
+    g = fk.geometry(net, x)
     expected = {
         "loss": loss_fn(net(data[0]), data[1]).item(),
         "ggn_trace": fk.ggn_trace(net, loss_fn, data).value,
         "hessian_trace": fk.hessian_trace(net, loss_fn, data, seed=0).value,
         "max_eigenvalue": fk.max_eigenvalue(net, loss_fn, data, seed=0).value,
-        "gradient_norm_sq": fk.gradient_norms(net, loss_fn, data).mean,
+        "gradient_norms": fk.gradient_norms(net, loss_fn, data).mean,
         "sharpness": g.sharpness.value,
         "log_volume": g.log_volume.mean,
         "log_volume_top3": g.top_log_volume(3).mean,
@@ -69,7 +71,7 @@ def test_numbers_are_those_of_the_functions(tmp_path: Path, capsys: pytest.Captu
     values = {k: q["value"] for k, q in found["quantities"].items()}
     assert values == pytest.approx(expected, rel=1e-5)
     assert found["quantities"]["mls"]["sample_stderr"] == pytest.approx(g.mls.sample_stderr, rel=1e-5)
-    bounds = fk.bounds(net, data[0][:20], geometry=g)
+    bounds = fk.bounds(net, x, geometry=g)
     assert found["bounds"]["MLS"]["sides"] == pytest.approx(bounds["MLS"].sides, rel=1e-5)
     out = capsys.readouterr().out
     for text in ("Tr GGN", "Tr H", "λ_max", "log volume", "NMLS", "holds", "report.html"):

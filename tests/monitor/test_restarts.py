@@ -168,9 +168,10 @@ def test_new_columns_enlarge_a_csv(tmp_path: Path) -> None:
     assert rows[2]["norm"] == 2
 
 
-def test_divergence_is_recorded_and_training_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("data", [(X, Y, LOSS), (X,)])
+def test_divergence_is_recorded_and_training_goes_on(tmp_path: Path, data: tuple[Any, ...]) -> None:
     path, model = tmp_path / "run.csv", mlp()
-    m = fk.Monitor(model, X, Y, LOSS, every=1, path=path).start()
+    m = fk.Monitor(model, *data, every=1, path=path).start()
     for scale in (1e10, float("nan"), float("inf")):
         with torch.no_grad():
             model[2].weight.fill_(scale)
