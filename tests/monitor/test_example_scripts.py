@@ -18,7 +18,6 @@ def test_monitor_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     steps = [row["step"] for row in read_rows(tmp_path / "run.csv")]
     assert steps == sorted(set(steps))
     assert (steps[0], steps[-1]) == (0, 60)
-    assert 30 not in steps or steps.count(30) == 1
     assert (tmp_path / "six-panels.png").stat().st_size > 10_000
     assert f"{len(steps)} measurements" in capsys.readouterr().out
 
