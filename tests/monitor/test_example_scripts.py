@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from flatkern.cli import main
 from flatkern.rows import read_rows
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+
+
+def snippets(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), flags=re.S)
+
+
+def test_the_pages_code_runs(tmp_path: Path) -> None:
+    loop, restart, *_ = snippets("monitor.md")
+    names: dict[str, Any] = {}
+    exec(compile(loop, "monitor.md", "exec"), names)
+    assert names["m"].column("step") == [0, 100, 200, 300]
+    exec(compile(restart, "monitor.md", "exec"), names)
+    assert names["again"].column("step") == [0, 100, 200, 300, 301]
+    (tmp_path / "made_here.py").write_text(snippets("measure.md")[0])
+    arguments = ["measure", f"{tmp_path / 'made_here.py'}:make", "--output", str(tmp_path / "out")]
+    assert main([*arguments, "--samples", "10"]) == 0
 
 
 def test_monitor_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
