@@ -328,20 +328,25 @@ class Monitor:
             )
 
     def _add_loss(self, loss: Tensor | float) -> None:
-        if isinstance(loss, Tensor):
-            if loss.numel() != 1:
-                raise ValueError(f"loss: expected a scalar, got shape {tuple(loss.shape)}")
-            if loss.device.type != "cpu":  # its value is not waited for
-                self._pending.append(loss.detach().clone())
-                if len(self._pending) == _PENDING:
-                    self._fold_losses()
-                loss = 0.0
-        self._loss_sum += float(loss.item() if isinstance(loss, Tensor) else loss)
+        """Called at every step: on the CPU nothing but reading the number, elsewhere no waiting for it."""
         self._losses += 1
+        if not isinstance(loss, Tensor):
+            self._loss_sum += loss
+            return
+        try:
+            if loss.is_cpu:
+                self._loss_sum += loss.item()
+                return
+            self._pending.append(loss.detach().clone().reshape(()))
+        except RuntimeError:
+            self._losses -= 1
+            raise ValueError(f"loss: expected a scalar, got shape {tuple(loss.shape)}") from None
+        if len(self._pending) == _PENDING:
+            self._fold_losses()
 
     def _fold_losses(self) -> None:
         if self._pending:
-            self._loss_sum += float(torch.stack([t.float().reshape(()) for t in self._pending]).sum())
+            self._loss_sum += float(torch.stack(self._pending).float().sum())
             self._pending.clear()
 
     def _forget_losses(self) -> None:

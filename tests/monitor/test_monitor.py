@@ -62,6 +62,31 @@ def test_train_loss_is_the_mean_since_the_row_before() -> None:
         m.start().step(torch.ones(2))
 
 
+class Elsewhere(torch.Tensor):
+    """As on a device whose numbers are not waited for."""
+
+    is_cpu = False  # type: ignore[assignment]
+
+    def item(self) -> float:
+        raise AssertionError("this waits for the device")
+
+
+def test_losses_on_a_device_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    import flatkern.monitor.monitor as module
+
+    monkeypatch.setattr(module, "_PENDING", 3)
+    m = fk.Monitor(mlp(), X, every=8).start()
+    losses = [torch.tensor(float(k)).as_subclass(Elsewhere) for k in range(8)]
+    for k, loss in enumerate(losses[:4]):
+        m.step(loss)
+        assert len(m._pending) == (k + 1) % 3
+        loss.zero_()  # a copy was kept
+    assert m.state_dict()["loss_sum"] == 0 + 1 + 2 + 3
+    for loss in losses[4:]:
+        m.step(loss)
+    assert m.column("train_loss")[-1] == sum(range(8)) / 8
+
+
 def test_the_model_called_another_way() -> None:
     class Named(nn.Module):
         def __init__(self) -> None:
