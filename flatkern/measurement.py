@@ -7,12 +7,13 @@ import re
 
 from flatkern.bounds import Bounds
 from flatkern.geometry import Geometry
+from flatkern.results import PerSample
 from flatkern.rows import Row
 
-__all__ = ["LN10", "bounds_row", "geometry_row", "side_column"]
+__all__ = ["bounds_row", "geometry_row", "side_column", "top_volume"]
 
-LN10 = math.log(10.0)
-TOP = 3
+_LN10 = math.log(10.0)
+_TOP = 3
 """Directions of the published log-volume; all where a Jacobian has fewer."""
 
 
@@ -21,14 +22,14 @@ def geometry_row(g: Geometry) -> Row:
 
     ``log_volume*`` are means over the samples that are not rank deficient, ``rank_deficient`` counts the others.
     """
-    top = g.top_log_volume(min(TOP, g.outputs, g.inputs))
+    top = top_volume(g)
     dimension = g.local_dimensionality
     return {
         "sharpness": g.sharpness.value,
         "sharpness_stderr": _number(g.sharpness.sample_stderr),
         "sqrt_sharpness": math.sqrt(g.sharpness.value),
-        "log_volume_top3": top.mean,
-        "log_volume_top3_stderr": _number(top.sample_stderr),
+        "log_volume_top3": math.nan if top is None else top.mean,
+        "log_volume_top3_stderr": math.nan if top is None else _number(top.sample_stderr),
         "log_volume": g.log_volume.mean,
         "log_volume_stderr": _number(g.log_volume.sample_stderr),
         "rank_deficient": float(g.log_volume.rank_deficient),
@@ -43,14 +44,20 @@ def geometry_row(g: Geometry) -> Row:
     }
 
 
+def top_volume(g: Geometry) -> PerSample | None:
+    """Log-volume of the three largest directions, or of all where there are fewer; ``None`` where they are not known."""
+    wanted = min(_TOP, g.outputs, g.inputs)
+    return g.top_log_volume(wanted) if g.singular_values.shape[1] >= wanted else None
+
+
 def bounds_row(bounds: Bounds) -> Row:
     """All sides of all inequalities as decimal logarithms, with status and looseness (in decades)."""
     row: Row = {}
     for name, inequality in bounds.inequalities.items():
         for side, value in inequality.sides.items():
-            row[side_column(name, side)] = value / LN10
+            row[side_column(name, side)] = value / _LN10
         row[f"status_{_slug(name)}"] = inequality.status
-        row[f"looseness_{_slug(name)}"] = inequality.looseness / LN10
+        row[f"looseness_{_slug(name)}"] = inequality.looseness / _LN10
     return row
 
 

@@ -14,7 +14,7 @@ import flatkern as fk
 from flatkern.experiments.errors import UserError
 from flatkern.experiments.factory import Problem
 from flatkern.losses import resolve_loss
-from flatkern.measurement import bounds_row, geometry_row
+from flatkern.measurement import bounds_row, geometry_row, top_volume
 from flatkern.monitor.probe import choose_probe
 from flatkern.problem import Batches, is_pair, model_device
 from flatkern.results import Estimate, PerSample
@@ -114,17 +114,16 @@ def loss_flatness(problem: Problem, seed: int) -> list[Entry]:
 
 def geometry_entries(g: fk.Geometry) -> list[Entry]:
     """The table's lines of a geometry."""
-    top = g.top_log_volume(min(3, g.outputs, g.inputs))
-    found: Iterable[tuple[str, Estimate | PerSample]] = (
+    found: Iterable[tuple[str, Estimate | PerSample | None]] = (
         ("sharpness", g.sharpness),
         ("log_volume", g.log_volume),
-        ("log_volume_top3", top),
+        ("log_volume_top3", top_volume(g)),
         ("mls", g.mls),
         ("nmls", g.nmls),
         ("normalized_mls", g.normalized_mls),
         ("local_dimensionality", g.local_dimensionality),
     )
-    return [_of_result(key, result, g.seconds) for key, result in found]
+    return [_of_result(key, result, g.seconds) for key, result in found if result is not None]
 
 
 def _entry(key: str, way: Callable[[], object]) -> Entry:
