@@ -45,7 +45,7 @@ def geometry_row(g: Geometry) -> Row:
 
 
 def top_volume(g: Geometry) -> PerSample | None:
-    """Log-volume of the three largest directions, or of all where there are fewer; ``None`` where they are not known."""
+    """Log-volume of the three largest directions (all where there are fewer); ``None`` where they are not known."""
     wanted = min(_TOP, g.outputs, g.inputs)
     return g.top_log_volume(wanted) if g.singular_values.shape[1] >= wanted else None
 
