@@ -31,8 +31,10 @@ def bare(model: nn.Module) -> nn.Module:
             model = inner
         else:
             break
+    wrapped = any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
     for name, parameter in model.named_parameters():
-        if hasattr(parameter, "device_mesh") or "_flat_param" in name:
+        # FSDP 1, FSDP 2 and other distributed tensors, DeepSpeed
+        if wrapped or hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_id"):
             raise ValueError(
                 f"model: parameter {name!r} is sharded over processes; a monitor needs all of the model in one"
             )

@@ -13,7 +13,7 @@ from torch import nn
 
 import flatkern as fk
 from flatkern.monitor.undisturbed import bare, undisturbed
-from tests.monitor.training import LOSS, Mixed, X, Y, conv, mlp, seeded, train
+from tests.monitor.training import LOSS, Mixed, X, Y, conv, mlp, reparametrized, seeded, train
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {"every": 1},
@@ -24,7 +24,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options", list(OPTIONS))
-@pytest.mark.parametrize("make", [mlp, conv, Mixed])
+@pytest.mark.parametrize("make", [mlp, conv, Mixed, reparametrized])
 def test_weights_are_those_of_the_run_without(make: Any, options: str, tmp_path: Any) -> None:
     alone = seeded(make)
     train(alone, 12)
@@ -159,10 +159,22 @@ def test_wrapped_models_are_unwrapped(wrap: str) -> None:
         assert bare(wrapped) is model
 
 
-def test_sharded_models_are_refused() -> None:
-    model = mlp()
-    model[0].weight.device_mesh = "two hosts"  # type: ignore[union-attr,assignment]
-    with pytest.raises(ValueError, match=r"parameter '0\.weight' is sharded"):
+class FullyShardedDataParallel(nn.Module):
+    """By its name, as without several processes there is no real one."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.parametrize("mark", ["device_mesh", "ds_id", "wrapper"])
+def test_sharded_models_are_refused(mark: str) -> None:
+    model: nn.Module = mlp()
+    if mark == "wrapper":
+        model = FullyShardedDataParallel(model)
+    else:
+        setattr(next(model.parameters()), mark, 1)
+    with pytest.raises(ValueError, match=r"parameter '.*0\.weight' is sharded"):
         fk.Monitor(model, X)
 
 

@@ -47,6 +47,14 @@ def conv() -> nn.Sequential:
     )  # fmt: skip
 
 
+def reparametrized() -> nn.Sequential:
+    """Weights computed in each forward pass, one of them with a state that training moves."""
+    return nn.Sequential(
+        nn.utils.parametrizations.spectral_norm(nn.Linear(6, 9)), nn.Tanh(),
+        nn.utils.parametrizations.weight_norm(nn.Linear(9, 9)), nn.Tanh(), nn.Linear(9, 4),
+    )  # fmt: skip
+
+
 def train(
     model: nn.Module,
     steps: int,
