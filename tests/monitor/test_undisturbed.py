@@ -54,6 +54,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
         "rng": torch.get_rng_state(),
         "python": random.getstate(),
+        "numpy": [np.random.get_state()[2], *np.random.get_state()[1]],  # noqa: NPY002
     }
 
 
