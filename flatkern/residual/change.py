@@ -27,17 +27,18 @@ class Draws:
 
     def __init__(self, generator: torch.Generator, like: Tensor) -> None:
         self._generator, self._like = generator, like
+        octet = torch.arange(256, device=like.device).unsqueeze(1) >> torch.arange(8, device=like.device)
+        self._table = (octet & 1).to(like.dtype) * 2 - 1  # eight signs a byte
         self._drawn: dict[tuple[object, ...], Tensor] = {}
 
     def signs(self, key: tuple[object, ...], shape: tuple[int, ...]) -> Tensor:
         """Independent ±1."""
         if key not in self._drawn:
             count = torch.Size(shape).numel()
-            words = torch.empty((count + 62) // 63, dtype=torch.int64, device=self._generator.device)
-            words.random_(0, (1 << 63) - 1, generator=self._generator)  # 63 signs a word
-            bits = (words.unsqueeze(1) >> torch.arange(63, device=words.device)) & 1
-            flat = bits.flatten()[:count].to(self._like.device, self._like.dtype)
-            self._drawn[key] = flat.mul_(2).sub_(1).reshape(shape)
+            words = torch.empty((count + 63) // 64, dtype=torch.int64, device=self._generator.device)
+            words.random_(-(1 << 63), None, generator=self._generator)
+            octets = words.view(torch.uint8).to(self._like.device, torch.int32)
+            self._drawn[key] = self._table.index_select(0, octets).flatten()[:count].reshape(shape)
         return self._drawn[key]
 
 
@@ -50,8 +51,8 @@ class Entry(ABC):
         """Whether one of the parameters has other uses: the same change of it then goes in everywhere."""
 
     @abstractmethod
-    def change(self, draws: Draws, inputs: Callable[[Value], Tensor]) -> Tensor:
-        """δz in the shape of the output, for the given values of the inputs; linear in them but for the shift."""
+    def change(self, draws: Draws, inputs: Callable[[Value], Tensor], base: Tensor | None = None) -> Tensor:
+        """δz, plus ``base``, in the shape of the output, for the given values of the inputs."""
 
     def turn(self, draws: Draws, tangents: Mapping[int, Tensor]) -> Tensor | None:
         """Δ ȧ: how the change moves with the inputs, half the second derivative; only wanted where shared."""
@@ -60,6 +61,11 @@ class Entry(ABC):
     @abstractmethod
     def variance(self) -> Tensor:
         """E δz², broadcastable to the output."""
+
+    @property
+    def channels(self) -> int | None:
+        """An axis of the output along which the entries of δz are uncorrelated; ``None`` where there may be none."""
+        return 1
 
     @property
     def output(self) -> Tensor:

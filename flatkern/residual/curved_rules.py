@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatkern.residual.rule import Rule, Tangents
+from flatkern.residual.rule import Rule, Spread, Tangents
 from flatkern.tape import Op, Value
 
 __all__ = ["Elementwise", "Normalized", "Product", "Quotient", "Softmax"]
@@ -37,12 +37,19 @@ class Elementwise(Rule):
         assert t is not None
         return self.slope * t
 
-    def second(self, tangents: Tangents, image: Callable[[], Tensor]) -> Tensor:
+    def fold(self, cotangent: Tensor) -> None:
+        """See :class:`Rule`."""
+        assert self.bend is not None
+        self._weight = self.bend * cotangent
+
+    def contracted(self, tangents: Tangents, image: Callable[[], Tensor]) -> Tensor | None:
         """See :class:`Rule`."""
         t = self._tangent(tangents, 0)
-        assert t is not None
-        assert self.bend is not None
-        return self.bend * t * t
+        return None if t is None else (self._weight * t).mul_(t)
+
+    def expected(self, spread: Spread) -> Tensor | None:
+        """See :class:`Rule`."""
+        return self._weight * spread.variance
 
 
 class Product(Rule):
@@ -86,13 +93,23 @@ class Product(Rule):
         value = self.op.args[place]
         return value.tensor if isinstance(value, Value) else value
 
-    def second(self, tangents: Tangents, image: Callable[[], Tensor]) -> Tensor:
+    def contracted(self, tangents: Tangents, image: Callable[[], Tensor]) -> Tensor | None:
         """See :class:`Rule`."""
         p, q = self._places
         a, b = self._tangent(tangents, p), self._tangent(tangents, q)
-        assert a is not None
-        assert b is not None
-        return 2 * self._times(a, b)
+        return None if a is None or b is None else self._times(a, b).mul_(2 * self._cotangent)
+
+    def constant_beside(self, value: Value) -> Tensor | float | None:
+        """What a scaled ``value`` or the left factor of a matrix product is multiplied with, where it is constant."""
+        p, q = self._places
+        if self.op.name == "mul":
+            q = q if self.op.args[p] is value else p
+        elif self.op.name not in ("mm", "addmm") or self.op.args[p] is not value:
+            return None
+        other = self.op.args[q]
+        if isinstance(other, Value):
+            return None if other.index in self.active else other.tensor * self._scale
+        return float(other) * self._scale
 
 
 class Quotient(Rule):
@@ -113,11 +130,12 @@ class Quotient(Rule):
         assert isinstance(top, Tensor)
         return (top / below).expand(self.op.output.tensor.shape)
 
-    def second(self, tangents: Tangents, image: Callable[[], Tensor]) -> Tensor:
+    def contracted(self, tangents: Tangents, image: Callable[[], Tensor]) -> Tensor | None:
         """See :class:`Rule`."""
         b = self._tangent(tangents, 1)
-        assert b is not None
-        return -2 * b * image() / self._primal(1)
+        if b is None:
+            return None
+        return -2 * b * image() / self._primal(1) * self._cotangent
 
 
 class Softmax(Rule):
@@ -141,16 +159,23 @@ class Softmax(Rule):
         centred = self._centred(tangents)
         return centred if self._log else self._p * centred
 
-    def second(self, tangents: Tangents, image: Callable[[], Tensor]) -> Tensor:
+    def fold(self, cotangent: Tensor) -> None:
         """See :class:`Rule`."""
-        square = self._centred(tangents).square()
-        variance = (self._p * square).sum(self._dim, keepdim=True)
-        return (-variance).expand_as(square) if self._log else self._p * (square - variance)
+        along = cotangent if self._log else cotangent * self._p
+        total = along.sum(self._dim, keepdim=True)
+        self._weight = -self._p * total if self._log else along - self._p * total
+
+    def contracted(self, tangents: Tangents, image: Callable[[], Tensor]) -> Tensor | None:
+        """See :class:`Rule`; ⟨ḡ, D²⟩ = Σ y (ḡ − ⟨y, ḡ⟩) (ẋ − m)²."""
+        if self._tangent(tangents, 0) is None:
+            return None
+        centred = self._centred(tangents)
+        return (self._weight * centred).mul_(centred)
 
 
 class Normalized(Rule):
-    """x̂ = (x − μ)/σ, scaled. With c = ẋ − mean ẋ, p = mean(x̂ c), q = mean(c²): Dx̂ = (c − x̂ p)/σ and
-    D²x̂ = (x̂ (3p² − q) − 2 p c)/σ²."""
+    """x̂ = (x − μ)/σ, then scaled by γ: with p = mean(x̂ ẋ) and w = Dx̂ = (ẋ − mean ẋ − x̂ p)/σ,
+    D²x̂ = −x̂ (mean(w²) + (1 − mean(x̂²)) p²/σ²) − 2 (p/σ) w; 1 − mean(x̂²) = ε/σ²."""
 
     curved = True
 
@@ -158,39 +183,67 @@ class Normalized(Rule):
         super().__init__(op, active)
         x, self._shape = self._primal(0), op.output.tensor.shape
         if op.name == "native_layer_norm":
-            self._dims = tuple(range(x.ndim - len(op.args[1]), x.ndim))
-            self._grouped = x.shape
+            size = torch.Size(op.args[1]).numel()
+            self._lead = self._shape[: -len(op.args[1])]
             gamma, eps = op.args[2], op.args[4]
             self._gamma = None if gamma is None else gamma.tensor
         else:  # native_group_norm(x, weight, bias, N, C, HxW, groups, eps)
             groups, eps = op.args[6], op.args[7]
-            self._grouped = torch.Size((x.shape[0], groups, x.numel() // (x.shape[0] * groups)))
-            self._dims = (2,)
+            size = x.numel() // (x.shape[0] * groups)
+            self._lead = torch.Size((x.shape[0], groups))
             gamma = op.args[1]
             self._gamma = None if gamma is None else gamma.tensor.reshape(-1, *[1] * (x.ndim - 2))
-        grouped = x.reshape(self._grouped)
-        centred = grouped - grouped.mean(self._dims, keepdim=True)
-        self._inverse = (centred.square().mean(self._dims, keepdim=True) + eps).rsqrt()
-        self._unit = centred * self._inverse
+        self._rows = x.reshape(-1, size)  # what is normalized together
+        self._unit, self._mean, self._inverse = torch.native_layer_norm(self._rows, [size], None, None, eps)
 
-    def _parts(self, tangents: Tangents) -> tuple[Tensor, Tensor]:
-        t = self._tangent(tangents, 0)
-        assert t is not None
-        t = t.reshape(self._grouped)
-        c = t - t.mean(self._dims, keepdim=True)
-        return c, (self._unit * c).mean(self._dims, keepdim=True)
+    def _image(self, t: Tensor) -> Tensor:
+        """w for the rows ẋ: the Jacobian is symmetric, so torch's own backward pass of the normalization gives it."""
+        w: Tensor = torch.ops.aten.native_layer_norm_backward(
+            t, self._rows, [t.shape[1]], self._mean, self._inverse, None, None, [True, False, False]
+        )[0]
+        return w
 
-    def _scaled(self, grouped: Tensor) -> Tensor:
-        result = grouped.reshape(self._shape)
-        return result if self._gamma is None else result * self._gamma
+    def _as_rows(self, t: Tensor) -> Tensor:
+        return t.reshape(self._rows.shape)
 
     def push(self, tangents: Tangents) -> Tensor:
         """See :class:`Rule`."""
-        c, p = self._parts(tangents)
-        return self._scaled((c - self._unit * p) * self._inverse)
+        t = self._tangent(tangents, 0)
+        assert t is not None
+        result = self._image(self._as_rows(t)).reshape(self._shape)
+        return result if self._gamma is None else result * self._gamma
 
-    def second(self, tangents: Tangents, image: Callable[[], Tensor]) -> Tensor:
+    def fold(self, cotangent: Tensor) -> None:
         """See :class:`Rule`."""
-        c, p = self._parts(tangents)
-        q = c.square().mean(self._dims, keepdim=True)
-        return self._scaled((self._unit * (3 * p.square() - q) - 2 * p * c) * self._inverse.square())
+        self._weight = self._as_rows(cotangent if self._gamma is None else cotangent * self._gamma)
+        self._along = (self._weight * self._unit).sum(1)
+        self._epsilon = (1 - self._unit.square().mean(1)) * self._inverse[:, 0].square()
+
+    def contracted(self, tangents: Tangents, image: Callable[[], Tensor]) -> Tensor | None:
+        """See :class:`Rule`."""
+        t = self._tangent(tangents, 0)
+        if t is None:
+            return None
+        t = self._as_rows(t)
+        ones = t.new_ones(t.shape[1])
+        w = self._image(t)
+        p = (self._unit * t) @ ones / t.shape[1]
+        square = (w * w) @ ones / t.shape[1] + self._epsilon * p.square()
+        bent = -self._along * square - 2 * p * self._inverse[:, 0] * ((self._weight * w) @ ones)
+        return bent.reshape(self._lead)
+
+    def expected(self, spread: Spread) -> Tensor | None:
+        """See :class:`Rule`: for variances v, E p² = mean(x̂² v)/d, E q = (1 − 1/d) mean v, E p c = (x̂ v − mean(x̂ v))/d
+        in D²x̂ = (x̂ (3p² − q) − 2 p c)/σ², c = ẋ − mean ẋ, q = mean(c²)."""
+        if self.op.name != "native_layer_norm" or len(self.op.args[1]) != 1:
+            return None
+        if spread.axis != len(self._shape) - 1:
+            return None
+        variance = self._as_rows(spread.variance)
+        d = variance.shape[1]
+        weighted = self._unit * variance
+        squared = (self._unit * weighted).mean(1) / d
+        q = variance.mean(1) * (1 - 1 / d)
+        spoken = (self._weight * (weighted - weighted.mean(1, keepdim=True))).sum(1) * (2 / d)
+        bent = (self._along * (3 * squared - q) - spoken) * self._inverse[:, 0].square()
+        return bent.reshape(self._lead)

@@ -20,7 +20,7 @@ class Linear(Rule):
 
     def push_all(self, tangents: Tangents) -> tuple[Tensor, ...]:
         """See :class:`Rule`."""
-        return self.op.run(lambda v: tangents[v.index] if v.index in self.active else self._constant(v))
+        return self.op.run(lambda v: tangents[v.index] if v.index in tangents else self._constant(v))
 
     def _constant(self, value: Value) -> Tensor:
         if value.tensor.is_floating_point() and self.op.name in ("cat", "stack", "where"):

@@ -45,6 +45,11 @@ class Scaled(Entry):
         square = self._unit.square() if self._gamma else torch.zeros_like(self._unit)
         return square + 1 if self._beta else square
 
+    @property
+    def channels(self) -> int | None:
+        """See :class:`Entry`."""
+        return 1 if self._places[0] == 1 else self.output.ndim - 1
+
     def _placed(self, draws: Draws, name: str, rows: Tensor) -> Tensor:
         signs = draws.signs((name,), (self.axis.n, *self._shape))
         if self._places[0] == 1:
@@ -52,16 +57,18 @@ class Scaled(Entry):
         between = rows.ndim - 1 - len(self._shape)
         return signs.reshape(self.axis.n, *[1] * between, *self._shape)
 
-    def change(self, draws: Draws, inputs: Callable[[Value], Tensor]) -> Tensor:
+    def change(self, draws: Draws, inputs: Callable[[Value], Tensor], base: Tensor | None = None) -> Tensor:
         """See :class:`Entry`."""
         a = inputs(self._a)
         rows = self.axis.rows(self._unit if a is self._a.tensor else self._normalize(a))
-        total: Tensor | float = 0.0
-        if self._gamma is not None:
-            total = rows * self._placed(draws, self._gamma, rows)
+        total = None if base is None else self.axis.rows(base)
         if self._beta is not None:
-            total = total + self._placed(draws, self._beta, rows)
-        assert isinstance(total, Tensor)
+            shift = self._placed(draws, self._beta, rows)
+            total = shift if total is None else total + shift
+        if self._gamma is not None:
+            factor = self._placed(draws, self._gamma, rows)
+            total = rows * factor if total is None else torch.addcmul(total, rows, factor)
+        assert total is not None
         return self.axis.back(total.expand(rows.shape), self.output.shape)
 
 
@@ -86,7 +93,12 @@ class Looked(Entry):
         """See :class:`Entry`."""
         return self._kept
 
-    def change(self, draws: Draws, inputs: Callable[[Value], Tensor]) -> Tensor:
+    @property
+    def channels(self) -> int | None:
+        """See :class:`Entry`."""
+        return self.output.ndim - 1
+
+    def change(self, draws: Draws, inputs: Callable[[Value], Tensor], base: Tensor | None = None) -> Tensor:
         """See :class:`Entry`."""
         n = self.axis.n
         if not self.shared:
@@ -96,7 +108,8 @@ class Looked(Entry):
             u = draws.signs((self._name, 1), (n, RANK, self._width))
             flat = self._rows.reshape(n, -1, 1).expand(-1, -1, RANK)
             rows = (v.gather(1, flat) @ u * RANK**-0.5).reshape(*self._rows.shape, self._width)
-        return self.axis.back(rows, self.output.shape) * self._kept
+        moved = self.axis.back(rows, self.output.shape) * self._kept
+        return moved if base is None else base + moved
 
 
 class Direct(Entry):
@@ -132,6 +145,13 @@ class Direct(Entry):
             return self._other.tensor.square()
         return torch.ones_like(self.output)
 
+    @property
+    def channels(self) -> int | None:
+        """See :class:`Entry`."""
+        shape, own = self.output.shape, self._source.tensor.shape
+        last = len(shape) - 1
+        return last if last != self.axis.axis and own[-1:] == shape[-1:] and not self._views else None
+
     def _placed(self, draws: Draws) -> Tensor:
         signs = draws.signs((self._name,), (self.axis.n, *self._source.tensor.shape))
         for view in self._views:
@@ -143,12 +163,13 @@ class Direct(Entry):
         signs = signs.reshape(self.axis.n, *[1] * (len(left) - signs.ndim + 1), *signs.shape[1:])
         return signs.movedim(0, self.axis.axis)
 
-    def change(self, draws: Draws, inputs: Callable[[Value], Tensor]) -> Tensor:
+    def change(self, draws: Draws, inputs: Callable[[Value], Tensor], base: Tensor | None = None) -> Tensor:
         """See :class:`Entry`."""
         placed = self._placed(draws)
         if self.op.name == "mul" and self._other is not None:
             placed = placed * inputs(self._other)
-        return placed.expand(self.output.shape)
+        placed = placed.expand(self.output.shape)
+        return placed if base is None else base + placed
 
     def turn(self, draws: Draws, tangents: Mapping[int, Tensor]) -> Tensor | None:
         """See :class:`Entry`."""

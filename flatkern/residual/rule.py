@@ -8,15 +8,32 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from functools import cached_property
 
 from torch import Tensor
 
 from flatkern.tape import Op, Value
 
-__all__ = ["Rule", "Tangents"]
+__all__ = ["Rule", "Spread", "Tangents"]
 
 Tangents = Mapping[int, Tensor]
-"""Tangents of the active inputs by index of their value."""
+"""Tangents of inputs by index of their value; those that are absent are 0."""
+
+
+class Spread:
+    """Second moments of a tangent that comes from one change alone."""
+
+    def __init__(self, variance: Callable[[], Tensor], axis: int | None, *, mixed: bool = False) -> None:
+        self._variance = variance
+        self.mixed = mixed
+        """Whether it came through a dense layer."""
+        self.axis = axis
+        """Entries along this axis are uncorrelated, the other indices fixed; ``None``: not known of any."""
+
+    @cached_property
+    def variance(self) -> Tensor:
+        """E ẋ² in the value's shape, formed when it is asked for."""
+        return self._variance()
 
 
 class Rule(ABC):
@@ -36,9 +53,20 @@ class Rule(ABC):
         """The tangents of all outputs, where there are several."""
         return (self.push(tangents),)
 
-    def second(self, tangents: Tangents, image: Callable[[], Tensor]) -> Tensor:
-        """D²op[ẋ, ẋ], in the output's shape; ``image`` gives :meth:`push` where it is wanted."""
+    def fold(self, cotangent: Tensor) -> None:
+        """Take ḡ, once, before :meth:`contracted` and :meth:`expected`."""
+        self._cotangent = cotangent
+
+    def contracted(self, tangents: Tangents, image: Callable[[], Tensor]) -> Tensor | None:
+        """Summands of ⟨ḡ, D²op[ẋ, ẋ]⟩ with the samples where they are in the output; ``None`` for 0.
+
+        ``image`` gives :meth:`push` where it is wanted.
+        """
         raise NotImplementedError
+
+    def expected(self, spread: Spread) -> Tensor | None:
+        """E of :meth:`contracted` for a tangent of the first input; ``None`` where its variances do not tell."""
+        return None
 
     def _primal(self, place: int) -> Tensor:
         value: Value = self.op.args[place]
@@ -46,4 +74,4 @@ class Rule(ABC):
 
     def _tangent(self, tangents: Tangents, place: int) -> Tensor | None:
         value = self.op.args[place]
-        return tangents[value.index] if isinstance(value, Value) and value.index in self.active else None
+        return tangents.get(value.index) if isinstance(value, Value) else None

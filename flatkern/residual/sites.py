@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,13 +11,16 @@ from torch import Tensor
 from flatkern.residual.change import Draws, Entry
 from flatkern.residual.chunk import Chunk
 from flatkern.residual.curved_rules import Elementwise
-from flatkern.residual.linear_rules import FixedStatistics, Linear
 from flatkern.residual.rule import Rule
 from flatkern.residual.rules import rule_for
+from flatkern.residual.spreads import Spreads
 from flatkern.sample_axis import SampleAxis
 from flatkern.tape import Op, UnsupportedError
 
 __all__ = ["Sites"]
+
+WORTH = 0.1
+"""A change of the layer before is left out of a tangent where its part is at least this much of the layer's own."""
 
 
 class Sites:
@@ -26,7 +29,7 @@ class Sites:
     per_layer = False
 
     def __init__(self, chunk: Chunk, residual: Tensor, *, local: bool = True) -> None:
-        """``residual`` is r, the gradient of the loss's numerator in the output; ``local``: the exact local term.
+        """``residual`` is r, the gradient of the loss's numerator in the output; ``local``: closed forms where known.
 
         Raises:
             UnsupportedError: an operation has no rule.
@@ -47,7 +50,9 @@ class Sites:
                 raise UnsupportedError(f"{op.name} of a parameter")
             self._steps.append(_Step(op, rule, entry))
         self._cotangents(chunk, residual)
-        self._prune(frozen, local)
+        self._constant = torch.zeros(self._n, dtype=torch.float64, device=self._like.device)
+        self._close(local)
+        self._plan()
 
     def _cotangents(self, chunk: Chunk, residual: Tensor) -> None:
         curved = [s for s in self._steps if s.curved and s.op.output.edge is not None]
@@ -62,92 +67,120 @@ class Sites:
                         raise UnsupportedError(f"the samples of {step.op.name} lie on no single axis")
                     step.cotangent = None
 
-    def _prune(self, reached: frozenset[int], local: bool) -> None:
-        """Backwards: which tangents matter, and whether those before or after an entry's own change.
+    def _close(self, local: bool) -> None:
+        """Forwards: which changes reach what, and at each site those whose part has a closed form."""
+        spreads = Spreads()
+        self._reach = spreads.reach
+        for place, step in enumerate(self._steps):
+            rule = step.rule
+            if rule is not None and step.site and rule.curved:
+                assert step.cotangent is not None
+                rule.fold(step.cotangent)
+                if local:
+                    self._close_at(step, rule, spreads)
+            step.bit = 0 if step.entry is None else 1 << place
+            spreads.advance(step.op, rule, step.entry, step.bit)
 
-        For an elementwise operation right after an entry, E (ż + δz)² = ż² + κ: δz itself is not wanted.
-        """
-        origin: dict[int, _Step] = {}
-        if local:
-            for step in self._steps:
-                if step.entry is not None and not step.entry.shared:
-                    origin[step.op.output.index] = step
-        for step in self._steps:
-            source = step.op.args[0] if step.op.args else None
-            if (
-                step.entry is None
-                and isinstance(step.rule, (Linear, FixedStatistics))
-                and step.op.name in _SAME
-            ):
-                start = origin.get(getattr(source, "index", -1))
-                if start is not None:
-                    origin[step.op.output.index] = start
-        self._whole: set[int] = set()
-        self._before: set[int] = set()
-        self._constant = torch.zeros(self._n, dtype=torch.float64, device=self._like.device)
+    def _close_at(self, step: _Step, rule: Rule, spreads: Spreads) -> None:
+        source = step.op.inputs[0].index
+        own: dict[int, Tensor] = {}
+        mixed: dict[int, Tensor] = {}
+        for change, spread in spreads.at(source).items():
+            expected = rule.expected(spread)
+            if expected is not None:
+                (mixed if spread.mixed else own)[change] = expected
+        everything = sum(own) + sum(mixed) == self._reach[source]
+        if own and mixed and not everything:
+            # leaving the mixed ones out takes a product of its own a probe
+            sizes = [sum(float(e.abs().sum()) for e in part.values()) for part in (own, mixed)]
+            if sizes[1] < WORTH * sizes[0]:
+                mixed = {}
+        assert step.axis is not None
+        for change, expected in {**own, **mixed}.items():
+            step.closed |= change
+            self._constant += step.axis.total(expected)
+
+    def _plan(self) -> None:
+        """Backwards: which tangents are wanted, each with the changes that are left out of it."""
+        self._wanted: dict[int, set[int]] = {}
         kept = []
         for step in reversed(self._steps):
-            outputs = {o.index for o in step.op.outputs if o is not None}
-            inputs = [v.index for v in step.op.inputs if v.index in reached]
-            site = step.curved and step.cotangent is not None
-            wanted = bool(outputs & self._whole) or bool(outputs & self._before)
-            if site and isinstance(step.rule, Elementwise) and inputs[0] in origin:
-                step.local = True
-                self._before.add(inputs[0])
-            elif site:
-                self._whole.update(inputs)
-            if outputs & self._whole or (step.entry is not None and wanted):
-                self._whole.update(inputs)
-            if step.entry is None and outputs & self._before:
-                self._before.update(i for i in inputs if i in origin)
-            if site or wanted:
+            if step.site and step.rule is not None and step.rule.curved:
+                self._want(step, step.closed)
+            if step.site and step.entry is not None and step.entry.shared:
+                self._want(step, 0)
+            for left_out in sorted(self._wanted_of(step)):
+                self._want(step, left_out | step.bit)
+            if step.site or self._wanted_of(step):
                 kept.append(step)
         self._steps = kept[::-1]
-        self._fold_local(origin)
-
-    def _fold_local(self, origin: Mapping[int, _Step]) -> None:
-        variances: dict[int, Tensor] = {}
+        last: dict[Key, _Step] = {}
         for step in self._steps:
-            if step.entry is not None and step.op.output.index in self._before:
-                variances[step.op.output.index] = step.entry.variance().expand(step.entry.output.shape)
-            elif step.op.output.index in self._before and step.rule is not None:
-                source = step.op.args[0].index
-                before = variances.get(source)
-                if before is not None and isinstance(step.rule, FixedStatistics):
-                    variances[step.op.output.index] = before * step.rule.factor.square()
-                elif before is not None:
-                    variances[step.op.output.index] = step.rule.push({source: before})
-            if step.curved and step.cotangent is not None and isinstance(step.rule, Elementwise):
-                assert step.rule.bend is not None
-                step.rule.bend = step.rule.bend * step.cotangent
-                if step.local:
-                    assert step.axis is not None
-                    self._constant += step.axis.total(step.rule.bend * variances[step.op.args[0].index])
+            for value in step.op.inputs:
+                for left_out in self._wanted.get(value.index, ()):
+                    last[value.index, left_out] = step
+        for key, step in last.items():
+            step.done.append(key)
+
+    def _wanted_of(self, step: _Step) -> set[int]:
+        return set().union(*(self._wanted.get(o.index, ()) for o in step.op.outputs if o is not None))
+
+    def _want(self, step: _Step, left_out: int) -> None:
+        for value in step.op.inputs:
+            reach = self._reach.get(value.index, 0)
+            if reach & ~left_out:
+                self._wanted.setdefault(value.index, set()).add(left_out & reach)
 
     @property
     def exact(self) -> bool:
-        """Whether nothing is left to draw: every change meets a nonlinearity at its own place only."""
-        drawn = any(s.entry is not None and s.op.output.index in self._whole for s in self._steps)
-        return not drawn and not any(s.entry is not None and s.entry.shared for s in self._steps)
+        """Whether nothing is left to draw: every change's part has a closed form."""
+        drawn = any(s.bit & ~left_out for s in self._steps for left_out in self._wanted_of(s))
+        return not drawn and not any(s.site and s.entry is not None and s.entry.shared for s in self._steps)
 
     def draw(self, generator: torch.Generator) -> Tensor:
         """One unbiased value a sample of Σ over the sampled parameters, float64 [n]."""
         draws = Draws(generator, self._like)
-        whole: dict[int, Tensor] = {}
-        before: dict[int, Tensor] = {}
+        tangents: dict[Key, Tensor] = {}
         total = self._constant.clone()
         for step in self._steps:
-            total_part = step.advance(draws, whole, before, self._whole, self._before)
-            if total_part is not None:
-                total += total_part
+            if step.site:
+                part = step.second(draws, lambda out, step=step: self._inputs(step, out, tangents))
+                if part is not None:
+                    total += part
+            self._push(step, draws, tangents)
+            for key in step.done:
+                tangents.pop(key, None)
         return total
 
+    def _inputs(self, step: _Step, left_out: int, tangents: Mapping[Key, Tensor]) -> dict[int, Tensor]:
+        """The tangents of an operation's inputs with some changes left out; those that are 0 are absent."""
+        found = {}
+        for value in step.op.inputs:
+            key = value.index, left_out & self._reach.get(value.index, 0)
+            if key in tangents:
+                found[value.index] = tangents[key]
+        return found
 
-# operations that leave values where they are, up to an order of axes or a factor a channel
-_SAME = frozenset(
-    {"view", "_unsafe_view", "reshape", "_reshape_alias", "transpose", "permute", "unsqueeze", "squeeze", "t"}
-    | {"clone", "detach", "alias", "native_batch_norm"}
-)
+    def _push(self, step: _Step, draws: Draws, tangents: dict[Key, Tensor]) -> None:
+        outputs = [o for o in step.op.outputs if o is not None]
+        images: dict[int, tuple[Tensor, ...]] = {}
+        for left_out in sorted(self._wanted_of(step)):
+            base = left_out | step.bit
+            if base not in images:
+                inputs = self._inputs(step, base, tangents)
+                images[base] = step.rule.push_all(inputs) if inputs and step.rule is not None else ()
+            found = images[base]
+            if step.bit & ~left_out:
+                assert step.entry is not None
+                moved = step.entry.change(draws, lambda v: v.tensor, found[0] if found else None)
+                found = (moved, *found[1:])
+            for value, tangent in zip(outputs, found, strict=False):
+                if left_out in self._wanted.get(value.index, ()):
+                    tangents[value.index, left_out] = tangent
+
+
+Key = tuple[int, int]
+"""A tangent: the index of its value, and the changes left out of it, as bits."""
 
 
 @dataclass
@@ -157,61 +190,36 @@ class _Step:
     entry: Entry | None
     cotangent: Tensor | None = None
     axis: SampleAxis | None = None
-    local: bool = False
+    bit: int = 0
+    """Of the change that comes in here."""
+    closed: int = 0
+    """Changes whose part of the second derivative here is in the constant."""
+    done: list[Key] = field(default_factory=list)
+    """Tangents that nothing after this step needs."""
 
     @property
     def curved(self) -> bool:
         return (self.rule is not None and self.rule.curved) or (self.entry is not None and self.entry.shared)
 
-    def advance(
-        self,
-        draws: Draws,
-        whole: dict[int, Tensor],
-        before: dict[int, Tensor],
-        want_whole: set[int],
-        want_before: set[int],
-    ) -> Tensor | None:
-        """Push tangents through the operation; its own part of the residual, [n]."""
-        index = self.op.output.index
-        source = self.op.args[0].index if self.op.args and hasattr(self.op.args[0], "index") else -1
-        images: list[Tensor] = []
+    @property
+    def site(self) -> bool:
+        """Whether it adds to the residual."""
+        return self.curved and self.cotangent is not None and self.axis is not None
 
-        def image() -> Tensor:
-            if not images:
-                assert self.rule is not None
-                images.extend(self.rule.push_all(whole))
-            return images[0]
-
+    def second(self, draws: Draws, inputs: Callable[[int], dict[int, Tensor]]) -> Tensor | None:
+        """⟨ḡ, D²⟩ by sample, float64 [n]; ``inputs`` gives tangents with some changes left out."""
+        assert self.axis is not None
+        assert self.cotangent is not None
         part: Tensor | None = None
-        if self.cotangent is not None and self.axis is not None:
-            if isinstance(self.rule, Elementwise):
-                t = before.get(source) if self.local else whole[source]
-                assert self.rule.bend is not None  # times the cotangent
-                part = None if t is None else self.axis.total(self.rule.bend * t * t)
-            else:
-                if self.rule is not None and self.rule.curved:
-                    part = self.axis.total(self.cotangent * self.rule.second(whole, image))
-                if self.entry is not None and self.entry.shared:
-                    turned = self.entry.turn(draws, whole)
-                    if turned is not None:
-                        cross = 2 * self.axis.total(self.cotangent * turned)
-                        part = cross if part is None else part + cross
-        if self.entry is not None:
-            if index in want_whole or index in want_before:
-                base = image() if self.rule is not None else None
-                if base is not None and index in want_before:
-                    before[index] = base
-                if index in want_whole:
-                    change = self.entry.change(draws, lambda v: v.tensor)
-                    whole[index] = change if base is None else base + change
-            return part
-        if index in want_before and source in before:
-            assert self.rule is not None
-            before[index] = self.rule.push({source: before[source]})
-        outputs = [o for o in self.op.outputs if o is not None]
-        if any(o.index in want_whole for o in outputs):
-            image()
-            for o, t in zip(outputs, images, strict=False):
-                if o.index in want_whole:
-                    whole[o.index] = t
+        rule = self.rule
+        if rule is not None and rule.curved:
+            own = inputs(self.closed)
+            bent = rule.contracted(own, lambda: rule.push(own)) if own else None
+            if bent is not None:
+                part = self.axis.total(bent)
+        if self.entry is not None and self.entry.shared:
+            turned = self.entry.turn(draws, inputs(0))
+            if turned is not None:
+                cross = 2 * self.axis.total(self.cotangent * turned)
+                part = cross if part is None else part + cross
         return part

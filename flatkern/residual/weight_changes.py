@@ -42,39 +42,49 @@ class Dense(Entry):
             return torch.ones_like(self.output[:1])
         return self._energy + 1 if self._bias else self._energy
 
-    def _factored(self, draws: Draws, a: Tensor) -> Tensor:
+    def _factors(self, draws: Draws, a: Tensor) -> tuple[Tensor, Tensor]:
+        """Left [n, k, R] and right [n, R, C]: Δ_i a_t is their product."""
         n = self.axis.n
         u = draws.signs((self._weight, self._inner), (n, RANK, a.shape[1]))
         v = draws.signs((self._weight, self._outer), (n, RANK, self.output.shape[1]))
         rows = self.axis.rows(a)
         rows = rows if rows.ndim == 3 else rows.unsqueeze(1)
-        return (rows @ u.mT) @ v * RANK**-0.5  # [n, k, C]
+        return rows @ (u * RANK**-0.5).mT, v
 
-    def change(self, draws: Draws, inputs: Callable[[Value], Tensor]) -> Tensor:
+    def change(self, draws: Draws, inputs: Callable[[Value], Tensor], base: Tensor | None = None) -> Tensor:
         """See :class:`Entry`."""
         n, width = self.axis.n, self.output.shape[1]
         if self._positions == 1 and not self.shared:
             v = draws.signs((*self.names, id(self.op)), (n, width))
-            a = inputs(self._a)
             if self._weight is None:
-                return v
-            return v * (a.square().sum(1, keepdim=True) + (1 if self._bias else 0)).sqrt()
-        total: Tensor | float = 0.0
-        if self._weight is not None:
-            total = self._factored(draws, inputs(self._a))
-        if self._bias is not None:
-            total = total + draws.signs((self._bias,), (n, width)).unsqueeze(1)
-        assert isinstance(total, Tensor)
-        total = total.expand(n, self._positions, width)
-        return self.axis.back(total if self._positions > 1 else total[:, 0], self.output.shape)
+                return v if base is None else base + v
+            scale = (inputs(self._a).square().sum(1, keepdim=True) + (1 if self._bias else 0)).sqrt()
+            return v * scale if base is None else torch.addcmul(base, v, scale)
+        shift = draws.signs((self._bias,), (n, width)).unsqueeze(1) if self._bias else None
+        if self._weight is None:
+            assert shift is not None
+            rows = shift.expand(n, self._positions, width)
+            moved = self._back(rows)
+            return moved if base is None else base + moved
+        left, right = self._factors(draws, inputs(self._a))
+        if shift is not None:  # one more factor: ones on the left
+            left = torch.cat([left, left.new_ones(n, self._positions, 1)], 2)
+            right = torch.cat([right, shift], 1)
+        if base is None:
+            return self._back(left @ right)
+        rows = self.axis.rows(base)
+        return self._back(torch.baddbmm(rows if rows.ndim == 3 else rows.unsqueeze(1), left, right))
+
+    def _back(self, rows: Tensor) -> Tensor:
+        return self.axis.back(rows if self._positions > 1 else rows[:, 0], self.output.shape)
 
     def turn(self, draws: Draws, tangents: Mapping[int, Tensor]) -> Tensor | None:
         """See :class:`Entry`."""
         moved = tangents.get(self._a.index)
         if moved is None or self._weight is None:
             return None
-        rows = self._factored(draws, moved)
-        return self.axis.back(rows if self._positions > 1 else rows[:, 0], self.output.shape)
+        left, right = self._factors(draws, moved)
+        return self._back(left @ right)
 
 
 class Convolved(Entry):
@@ -106,32 +116,38 @@ class Convolved(Entry):
             energy.repeat_interleave(self.output.shape[1] // self._groups, 1) if self._groups > 1 else energy
         )
 
-    def _factored(self, draws: Draws, a: Tensor) -> Tensor:
+    def _factors(self, draws: Draws, a: Tensor) -> tuple[Tensor, Tensor]:
+        """Left [n, g, C/g, R] and right [n, g, R, T]: Δ_i a is their product."""
         n, g, c = self.axis.n, self._groups, self.output.shape[1]
-        u = draws.signs((self._weight, 1), (n, RANK, *self._kernel[1:]))
+        u = draws.signs((self._weight, 1), (n, RANK, *self._kernel[1:])) * RANK**-0.5
         v = draws.signs((self._weight, 0), (n, RANK, c))
-        kernels = (
-            u.unsqueeze(1).expand(n, g, RANK, *self._kernel[1:]).reshape(n * g * RANK, *self._kernel[1:])
-        )
+        kernels = u.unsqueeze(1).expand(n, g, RANK, *self._kernel[1:]).flatten(0, 2)
         # samples become groups of channels, so that each has kernels of its own
         image = self._convolve(a.reshape(1, -1, *a.shape[2:]), kernels, n * g)
-        image = image.reshape(n, g, RANK, -1)
-        mixed = v.reshape(n, RANK, g, c // g).permute(0, 2, 3, 1) @ image  # [n, g, C/g, T]
-        return mixed.reshape(self.output.shape) * RANK**-0.5
+        return v.reshape(n, RANK, g, c // g).permute(0, 2, 3, 1), image.reshape(n, g, RANK, -1)
 
-    def change(self, draws: Draws, inputs: Callable[[Value], Tensor]) -> Tensor:
+    def change(self, draws: Draws, inputs: Callable[[Value], Tensor], base: Tensor | None = None) -> Tensor:
         """See :class:`Entry`."""
         shape = self.output.shape
-        total: Tensor | float = 0.0
-        if self._weight is not None:
-            total = self._factored(draws, inputs(self._a))
-        if self._bias is not None:
-            shift = draws.signs((self._bias,), (self.axis.n, shape[1]))
-            total = total + shift.reshape(*shift.shape, *[1] * (len(shape) - 2))
-        assert isinstance(total, Tensor)
-        return total.expand(shape)
+        n, c = shape[:2]
+        shift = draws.signs((self._bias,), (n, c)) if self._bias else None
+        if self._weight is None:
+            assert shift is not None
+            moved = shift.reshape(n, c, *[1] * (len(shape) - 2)).expand(shape)
+            return moved if base is None else base + moved
+        left, right = self._factors(draws, inputs(self._a))
+        if shift is not None:  # one more factor: ones on the right
+            left = torch.cat([left, shift.reshape(n, self._groups, -1, 1)], 3)
+            right = torch.cat([right, right.new_ones(n, self._groups, 1, right.shape[3])], 2)
+        left, right = left.flatten(0, 1), right.flatten(0, 1)
+        if base is None:
+            return torch.bmm(left, right).reshape(shape)
+        return torch.baddbmm(base.reshape(len(left), left.shape[1], -1), left, right).reshape(shape)
 
     def turn(self, draws: Draws, tangents: Mapping[int, Tensor]) -> Tensor | None:
         """See :class:`Entry`."""
         moved = tangents.get(self._a.index)
-        return None if moved is None or self._weight is None else self._factored(draws, moved)
+        if moved is None or self._weight is None:
+            return None
+        left, right = self._factors(draws, moved)
+        return (left @ right).reshape(self.output.shape)
