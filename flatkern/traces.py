@@ -19,7 +19,8 @@ from flatkern.problem import (
 )
 from flatkern.results import HessianTrace
 from flatkern.tape import UnsupportedError
-from flatkern.trace_split import Goal, Split
+from flatkern.trace_goal import Goal
+from flatkern.trace_split import Split
 
 __all__ = ["hessian_trace"]
 

@@ -1,4 +1,4 @@
-"""Tangent rules of operations that are curved: elementwise functions, products, softmax, normalization."""
+"""Tangent rules of operations that are curved: products, quotients, softmax, normalization."""
 
 from __future__ import annotations
 
@@ -11,45 +11,7 @@ from torch import Tensor
 from flatkern.residual.rule import Rule, Spread, Tangents
 from flatkern.tape import Op, Value
 
-__all__ = ["Elementwise", "Normalized", "Product", "Quotient", "Softmax"]
-
-
-class Elementwise(Rule):
-    """φ of every entry: φ' and φ'' once, by autograd."""
-
-    def __init__(self, op: Op, active: frozenset[int]) -> None:
-        super().__init__(op, active)
-        source = op.args[0]
-        z = source.tensor.detach().requires_grad_()
-        with torch.enable_grad():
-            y = op.run(lambda v: z if v is source else v.tensor)[0]
-            (slope,) = torch.autograd.grad(y.sum(), z, create_graph=True)
-            bend: Tensor | None = None
-            if slope.requires_grad and op.name != "hardsigmoid":  # which torch cannot differentiate twice
-                (bend,) = torch.autograd.grad(slope.sum(), z, allow_unused=True)
-        self.slope = slope.detach()
-        self.bend = bend if bend is not None and bool((bend != 0).any()) else None
-        self.curved = self.bend is not None
-
-    def push(self, tangents: Tangents) -> Tensor:
-        """See :class:`Rule`."""
-        t = self._tangent(tangents, 0)
-        assert t is not None
-        return self.slope * t
-
-    def fold(self, cotangent: Tensor) -> None:
-        """See :class:`Rule`."""
-        assert self.bend is not None
-        self._weight = self.bend * cotangent
-
-    def contracted(self, tangents: Tangents, image: Callable[[], Tensor]) -> Tensor | None:
-        """See :class:`Rule`."""
-        t = self._tangent(tangents, 0)
-        return None if t is None else (self._weight * t).mul_(t)
-
-    def expected(self, spread: Spread) -> Tensor | None:
-        """See :class:`Rule`."""
-        return self._weight * spread.variance
+__all__ = ["Normalized", "Product", "Quotient", "Softmax"]
 
 
 class Product(Rule):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from flatkern.residual.curved_rules import Elementwise, Normalized, Product, Quotient, Softmax
+from flatkern.residual.curved_rules import Normalized, Product, Quotient, Softmax
+from flatkern.residual.elementwise import Elementwise
 from flatkern.residual.linear_rules import Choose, Fill, FixedStatistics, Linear, Pick, Sum
 from flatkern.residual.rule import Rule
 from flatkern.tape import Op, Value

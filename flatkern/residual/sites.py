@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from flatkern.residual.change import Draws, Entry
 from flatkern.residual.chunk import Chunk
-from flatkern.residual.curved_rules import Elementwise
+from flatkern.residual.elementwise import Elementwise
 from flatkern.residual.rule import Rule
 from flatkern.residual.rules import rule_for
 from flatkern.residual.spreads import Spreads
@@ -144,7 +145,7 @@ class Sites:
         total = self._constant.clone()
         for step in self._steps:
             if step.site:
-                part = step.second(draws, lambda out, step=step: self._inputs(step, out, tangents))
+                part = step.second(draws, partial(self._inputs, step, tangents))
                 if part is not None:
                     total += part
             self._push(step, draws, tangents)
@@ -152,7 +153,7 @@ class Sites:
                 tangents.pop(key, None)
         return total
 
-    def _inputs(self, step: _Step, left_out: int, tangents: Mapping[Key, Tensor]) -> dict[int, Tensor]:
+    def _inputs(self, step: _Step, tangents: Mapping[Key, Tensor], left_out: int) -> dict[int, Tensor]:
         """The tangents of an operation's inputs with some changes left out; those that are 0 are absent."""
         found = {}
         for value in step.op.inputs:
@@ -167,7 +168,7 @@ class Sites:
         for left_out in sorted(self._wanted_of(step)):
             base = left_out | step.bit
             if base not in images:
-                inputs = self._inputs(step, base, tangents)
+                inputs = self._inputs(step, tangents, base)
                 images[base] = step.rule.push_all(inputs) if inputs and step.rule is not None else ()
             found = images[base]
             if step.bit & ~left_out:

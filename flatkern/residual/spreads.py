@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from flatkern.residual.change import Entry
-from flatkern.residual.curved_rules import Elementwise, Product
+from flatkern.residual.curved_rules import Product
+from flatkern.residual.elementwise import Elementwise
 from flatkern.residual.linear_rules import Fill, FixedStatistics, Linear, Pick, Sum
 from flatkern.residual.rule import Rule, Spread
 from flatkern.tape import Op, Value
