@@ -35,9 +35,9 @@ class Features:
         pieces: Callable[[slice], list[Tensor]] | None = None,
     ) -> None:
         self.shape = shape
-        self.pieces = pieces
-        """(samples) → parts [n' · G, d', T] whose rows together are those of aᵀ; ``None``: no cheaper than a."""
         self.bytes = torch.Size(shape).numel() * size
+        self.pieces = pieces if self.bytes > _KEPT_BYTES else None
+        """(samples) → parts [n' · G, d', T] whose rows together are those of aᵀ; ``None``: no cheaper than a."""
         self._make = make
         self._kept: Tensor | None = None
         self._formed = 0
