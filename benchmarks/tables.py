@@ -309,6 +309,28 @@ def hessian_trace(result: dict[str, Any]) -> str:
     )
 
 
+def trace_peers(result: dict[str, Any]) -> str:
+    """The Hessian's trace against the better estimators of other packages."""
+    rows = [
+        [
+            r["model"],
+            r["way"],
+            str(r["products"] or ""),
+            f"{r['error']:.2%}",
+            f"{r['cpu_s']:.3g}",
+            f"**{r['ratio']:.1f}**",
+        ]
+        for r in result["rows"]
+    ]
+    return (
+        "### Against XTrace and Hutch++\n\n"
+        "Trained networks, to a true 1 %. The peers get the fewest products of a ladder whose error is at most that\n"
+        "(or the last rung); finding it is not charged. *Ratio*: CPU time over flatkern's.\n\n"
+        "`make peers && python -m benchmarks.bench_trace_peers`\n\n"
+        f"{_table(['model', 'way', 'products', 'error', 'CPU s', 'ratio'], rows)}\n{_settings(result)}"
+    )
+
+
 SECTIONS = {
     "operators": operators,
     "lanczos": lanczos,
@@ -317,6 +339,7 @@ SECTIONS = {
     "measurement": measurement,
     "ggn_trace": ggn_trace,
     "hessian_trace": hessian_trace,
+    "trace_peers": trace_peers,
     "ggn_spectrum": ggn_spectrum,
     "kernels": kernels,
     "attention": attention,

@@ -57,7 +57,7 @@ def _networks() -> dict[str, tuple[nn.Module, Tensor]]:
 
 
 @pytest.mark.parametrize("name", sorted(_networks()))
-@pytest.mark.parametrize("max_memory", [None, 20000])
+@pytest.mark.parametrize("max_memory", [None, 300000])
 def test_norms_from_shifts(name: str, max_memory: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = _networks()[name]
     model, x = model.double(), x.double()
