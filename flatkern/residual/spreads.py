@@ -155,6 +155,11 @@ def _axis_after(op: Op, value: Value, after: torch.Size, axis: int | None) -> in
         return {a: b, b: a}.get(axis, axis)
     if op.name == "permute":
         return [d % len(before) for d in op.args[1]].index(axis)
+    if op.name in ("select", "cat"):
+        dim = (op.args[1] if len(op.args) > 1 else 0) % len(before)
+        if dim == axis:
+            return None
+        return axis - 1 if op.name == "select" and dim < axis else axis
     if op.name in ("slice", "split", "split_with_sizes", "expand") and len(after) == len(before):
         kept = after[axis] == before[axis] or op.name != "expand"
         return axis if kept else None
