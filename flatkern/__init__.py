@@ -6,6 +6,7 @@ Public names are exported here and nowhere else; see the README for a tour and e
 from importlib.metadata import PackageNotFoundError, version
 
 from flatkern import kernels, losses
+from flatkern.adaptive import AdaptiveSharpness, adaptive_sharpness
 from flatkern.bounds import Bounds, Inequality, bounds
 from flatkern.estimators import (
     Diagonal,
@@ -25,6 +26,7 @@ from flatkern.flatness import ggn_trace, gradient_norms, sharpness
 from flatkern.geometry import Geometry, LayerGeometry, geometry
 from flatkern.ggn_eigenvalues import GGNSpectrum, ggn_spectrum
 from flatkern.ggn_entries import GGNEntries, ggn_diagonal, ggn_matrix
+from flatkern.hessian_diagonal import HessianDiagonal, hessian_diagonal
 from flatkern.kronecker import KFAC, kfac
 from flatkern.max_eigenvalue import MaxEigenvalue, max_eigenvalue
 from flatkern.operators import LinearOperator, fisher, ggn, hessian, hvp, jacobian
@@ -41,6 +43,7 @@ except PackageNotFoundError:  # run from a source tree that was never installed
 
 __all__ = [
     "KFAC",
+    "AdaptiveSharpness",
     "Bounds",
     "Diagonal",
     "Eigenpairs",
@@ -49,6 +52,7 @@ __all__ = [
     "GGNEntries",
     "GGNSpectrum",
     "Geometry",
+    "HessianDiagonal",
     "HessianTrace",
     "Inequality",
     "LayerGeometry",
@@ -59,6 +63,7 @@ __all__ = [
     "Solution",
     "SpectralDensity",
     "__version__",
+    "adaptive_sharpness",
     "bounds",
     "diagonal",
     "eigsh",
@@ -71,6 +76,7 @@ __all__ = [
     "ggn_trace",
     "gradient_norms",
     "hessian",
+    "hessian_diagonal",
     "hessian_trace",
     "hvp",
     "jacobian",

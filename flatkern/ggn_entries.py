@@ -35,6 +35,8 @@ class GGNEntries:
     num_data: int
     seconds: float
     notes: tuple[str, ...] = ()
+    denominator: float = 1.0
+    """What the summed numerators, and the matrix, were divided by."""
 
 
 def check_fisher(fisher: str, samples: int, seed: int) -> Kind:
@@ -120,7 +122,8 @@ def ggn_diagonal(
         del chunk
     assert total is not None
     return GGNEntries(
-        total / survey.denominator, survey.loss, layout, survey.num_data, time.perf_counter() - started, tuple(notes)
+        total / survey.denominator, survey.loss, layout, survey.num_data, time.perf_counter() - started, tuple(notes),
+        survey.denominator,
     )  # fmt: skip
 
 
@@ -211,7 +214,8 @@ def ggn_matrix(
     survey = rows.survey()
     matrix, notes = summed_products(rows, layout.size, limit)
     return GGNEntries(
-        matrix / survey.denominator, survey.loss, layout, survey.num_data, time.perf_counter() - started, notes
+        matrix / survey.denominator, survey.loss, layout, survey.num_data, time.perf_counter() - started, notes,
+        survey.denominator,
     )  # fmt: skip
 
 

@@ -1,0 +1,190 @@
+"""Average-case adaptive sharpness: its limit ½ Σ θ_k² H_kk, and antithetic pairs of perturbations at a finite ρ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flatkern.adaptive_result import AdaptiveSharpness
+from flatkern.estimators.group_traces import GroupTraces, group_traces
+from flatkern.ggn_entries import ggn_diagonal
+from flatkern.hessian_parts import HessianParts, why_no_split
+from flatkern.operators import ggn
+from flatkern.operators.blocks import by_layer
+from flatkern.operators.congruence import Congruence, Scaling
+from flatkern.perturbed_loss import PerturbedLoss
+
+__all__ = ["Control", "finite_average", "infinitesimal_average", "make_control"]
+
+_PILOT = 8
+"""Pairs whose spread tells how many are needed and whether the control variate pays; they count."""
+_RESERVE = 1.1
+_CONTROL_COST = 3
+"""A pair with its control variate (two forward passes and a Gauss-Newton product) over a pair without."""
+
+
+def infinitesimal_average(
+    parts: HessianParts, rtol: float, samples: int | None, max_samples: int, generator: torch.Generator
+) -> AdaptiveSharpness:
+    """½ Σ θ_k² H_kk from the exact part of the diagonal and sign vectors for the rest, by layer."""
+    theta = parts.layout.flatten({n: p.detach() for n, p in parts.parameters.items()})
+    layers = by_layer(parts.layout)
+    weighted = parts.ggn * theta.double().square()
+    values = {
+        layer: float(sum(weighted[parts.layout.slices[name]].sum() for name in names))
+        for layer, names in layers.items()
+    }
+    exact = sum(values.values())
+    errors = dict.fromkeys(layers, 0.0)
+    rest: GroupTraces | None = None
+    total, error = exact, 0.0
+    if parts.unproven:
+        op = parts.operator()
+        scaled = Congruence(op, Scaling(theta[parts.columns].to(op.dtype)))
+        rest = group_traces(
+            scaled, _layer_slices(op.layout.slices if op.layout else {}),
+            rtol=rtol, offset=exact, samples=samples, max_matvecs=max_samples, generator=generator,
+        )  # fmt: skip
+        part, error = rest.total
+        total += part
+        for layer, (value, spread) in rest.by_group.items():
+            values[layer] += value
+            errors[layer] = spread
+    how = "exact (Gauss-Newton diagonal; outputs piecewise affine in every parameter entry)"
+    if rest is not None:
+        drawn = "a product an entry" if rest.exact else f"{len(rest.samples)} sign vectors"
+        of = f"residual of {len(parts.unproven)} of {len(parts.parameters)} parameters"
+        how = f"exact Gauss-Newton part + {of}: {drawn}" if parts.split else f"{drawn} with the Hessian"
+    return AdaptiveSharpness(
+        value=total / 2,
+        stderr=error / 2,
+        method=how,
+        num_data=parts.num_data,
+        matvecs=0 if rest is None else rest.matvecs,
+        converged=rest is None or rest.converged,
+        samples=None if rest is None or rest.exact else (exact + rest.samples.sum(1)) / 2,
+        per_layer={layer: value / 2 for layer, value in values.items()},
+        per_layer_stderr={layer: value / 2 for layer, value in errors.items()},
+        notes=parts.notes + (() if rest is None else rest.notes),
+        dof=None if rest is None else rest.dof,
+        loss=parts.loss,
+        exact=parts.exact,
+        sampled=parts.unproven,
+    )
+
+
+def _layer_slices(slices: dict[str, slice]) -> dict[str, slice]:
+    """Ranges of whole layers: their parameters follow one another in a layout."""
+    found: dict[str, slice] = {}
+    for name, own in slices.items():
+        layer = name.rpartition(".")[0]
+        found[layer] = slice(found[layer].start, own.stop) if layer in found else own
+    return found
+
+
+@dataclass(frozen=True)
+class Control:
+    """½ vᵀ D G D v of a direction v, whose mean over standard normal v is known."""
+
+    form: Callable[[Tensor], float]
+    mean: float
+
+
+def make_control(
+    model: nn.Module, loss_fn: object, data: Any, loss: PerturbedLoss, same: dict[str, Any]
+) -> Control | str:
+    """The control variate, or why there is none.
+
+    ``same``: ``params``, ``reduction``, ``forward`` and ``max_memory`` of the call.
+    """
+    reason = why_no_split(model, loss_fn, data, same["reduction"], same["forward"], same["max_memory"])
+    if reason:
+        return reason
+    entries = ggn_diagonal(model, loss_fn, data, **same)
+    op = ggn(model, loss_fn, data, **same)
+    scales = loss.theta.abs()
+
+    def form(v: Tensor) -> float:
+        moved = (scales * v).to(op.dtype)
+        return 0.5 * float(moved.double() @ (op @ moved).double())
+
+    return Control(form, 0.5 * float(entries.values @ loss.theta.double().square()))
+
+
+def finite_average(
+    loss: PerturbedLoss,
+    rho: float,
+    seed: int,
+    control: Control | None,
+    *,
+    forced: bool,
+    rtol: float,
+    samples: int | None,
+    max_samples: int,
+) -> AdaptiveSharpness:
+    """(E L(θ + δ) − L(θ))/ρ² from pairs ±δ_j, δ_j = ρ |θ| ∘ v_j.
+
+    Args:
+        loss: with θ.
+        rho: ρ.
+        seed: pair j's v depends on (seed, j) alone.
+        control: subtracted from each pair's value where it pays (or always, ``forced``), its mean added.
+        rtol, samples, max_samples: as for :func:`flatkern.adaptive_sharpness`.
+    """
+    scales = rho * loss.theta.abs()
+
+    def pair(index: int, with_control: bool) -> tuple[float, float]:
+        v = loss.normal(seed, index)
+        delta = scales * v
+        plain = (0.5 * (loss.at(delta) + loss.at(-delta)) - loss.value) / rho**2
+        known = control.form(v) - control.mean if control is not None and with_control else 0.0
+        return plain, known
+
+    wanted = samples or _PILOT
+    first = min(_PILOT, wanted, max_samples)
+    plain, known = (
+        torch.tensor(c, dtype=torch.float64) for c in zip(*(pair(j, True) for j in range(first)), strict=True)
+    )
+    with_control = control is not None and (
+        forced or float((plain - known).var()) * _CONTROL_COST < float(plain.var())
+    )
+    values = plain - known if with_control else plain
+    if samples is None:
+        error, goal = _error(values), rtol * abs(float(values.mean()))
+        if error > goal:
+            wanted = math.ceil(min(_RESERVE * first * (error / goal) ** 2, 1e12)) if goal else 10**12
+            wanted = max(wanted, first + 1)
+    count = min(wanted, max_samples)
+    more = [pair(j, with_control) for j in range(first, count)]
+    values = torch.cat([values, torch.tensor([y - x for y, x in more], dtype=torch.float64)])
+    notes: tuple[str, ...] = ()
+    met = samples is not None or _error(values) <= rtol * abs(float(values.mean()))
+    if wanted > count:
+        planned = "more" if wanted >= 10**12 else str(wanted)
+        notes = (f"max_samples allowed {count} pairs; {planned} were planned",)
+    elif not met:
+        notes = ("the pairs spread more than the first had; ask for more samples",)
+    how = f"{len(values)} antithetic pairs" + (" with a Gauss-Newton control variate" if with_control else "")
+    return AdaptiveSharpness(
+        value=float(values.mean()),
+        stderr=_error(values),
+        method=how,
+        num_data=loss.num_data,
+        passes=2 * len(values) + 1,
+        matvecs=len(values) if with_control else (first if control is not None else 0),
+        converged=met and wanted <= count,
+        samples=values,
+        notes=notes,
+        dof=len(values) - 1,
+        rho=rho,
+        loss=loss.value,
+    )
+
+
+def _error(values: Tensor) -> float:
+    return float(values.std() / len(values) ** 0.5)
