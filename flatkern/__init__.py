@@ -31,6 +31,7 @@ from flatkern.kronecker import KFAC, kfac
 from flatkern.max_eigenvalue import MaxEigenvalue, max_eigenvalue
 from flatkern.operators import LinearOperator, fisher, ggn, hessian, hvp, jacobian
 from flatkern.planning import Plan, plan
+from flatkern.relative_flatness import RelativeFlatness, relative_flatness
 from flatkern.results import Estimate, HessianTrace, PerSample
 from flatkern.tangent_kernel import ntk
 from flatkern.traces import hessian_trace
@@ -60,6 +61,7 @@ __all__ = [
     "MaxEigenvalue",
     "PerSample",
     "Plan",
+    "RelativeFlatness",
     "Solution",
     "SpectralDensity",
     "__version__",
@@ -90,6 +92,7 @@ __all__ = [
     "max_sensitivity",
     "ntk",
     "plan",
+    "relative_flatness",
     "sharpness",
     "solve",
     "spectral_density",

@@ -66,8 +66,8 @@ def adaptive_sharpness(
 
     **Average, ρ > 0**: pairs (+δ, −δ), which cancel all odd orders. Where it pays, ½ δᵀGδ (G the Gauss-Newton matrix)
     is taken from each pair's value and its exact mean ½ρ² Σ θ_k² G_kk put back: unbiased at any ρ, and nearly free of
-    noise for small ones where G dominates H. With one ``seed`` all models, θ and ρ see the same random numbers, so that differences between
-    them are sharper than each value.
+    noise for small ones where G dominates H. With one ``seed`` all models, θ and ρ see the same random numbers, so that
+    differences between them are sharper than each value.
 
     **Kinks**: the limits are those of the almost-everywhere Hessian. In a ReLU network a finite ρ also sees the kinks,
     whose contribution to (E L(θ + δ) − L)/ρ² does not vanish as ρ → 0: the two forms differ there, by any sign, and

@@ -28,21 +28,29 @@ class Scaling(LinearOperator):
 
 
 class Mixing(LinearOperator):
-    """L ⊗ I: matrices U [m, d] → L U [C, d], both flattened row by row; L [C, m]."""
+    """L ⊗ I: matrices U [m, d] → L U [C, d], both flattened row by row; L [C, m].
 
-    def __init__(self, factor: Tensor, columns: int) -> None:
+    ``transposed``: Uᵀ [d, m] → (L U)ᵀ [d, C] instead, for weights that are kept as [in, out].
+    """
+
+    def __init__(self, factor: Tensor, columns: int, *, transposed: bool = False) -> None:
         out, inner = factor.shape
         super().__init__((out * columns, inner * columns), factor.dtype, factor.device)
-        self._factor, self._columns = factor, columns
+        self._factor, self._columns, self._transposed = factor, columns, transposed
 
     def _identity(self) -> str | None:
-        return digest("mixing", self._factor, self._columns)
+        return digest("mixing", self._factor, self._columns, self._transposed)
 
     def _rows(self, rows: Tensor) -> Tensor:
-        return (self._factor @ rows.reshape(len(rows), -1, self._columns)).flatten(1)
+        return self._mixed(rows, self._factor)
 
     def _adjoint_rows(self, rows: Tensor) -> Tensor:
-        return (self._factor.mT @ rows.reshape(len(rows), -1, self._columns)).flatten(1)
+        return self._mixed(rows, self._factor.mT)
+
+    def _mixed(self, rows: Tensor, factor: Tensor) -> Tensor:
+        if self._transposed:
+            return (rows.reshape(len(rows), self._columns, -1) @ factor.mT).flatten(1)
+        return (factor @ rows.reshape(len(rows), -1, self._columns)).flatten(1)
 
 
 class Congruence(Composed):
