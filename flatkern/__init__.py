@@ -23,6 +23,8 @@ from flatkern.estimators import (
     trace_function,
 )
 from flatkern.flatness import ggn_trace, gradient_norms, sharpness
+from flatkern.flatness_report import flatness
+from flatkern.flatness_table import Flatness, Measure
 from flatkern.geometry import Geometry, LayerGeometry, geometry
 from flatkern.ggn_eigenvalues import GGNSpectrum, ggn_spectrum
 from flatkern.ggn_entries import GGNEntries, ggn_diagonal, ggn_matrix
@@ -49,6 +51,7 @@ __all__ = [
     "Diagonal",
     "Eigenpairs",
     "Estimate",
+    "Flatness",
     "FunctionTrace",
     "GGNEntries",
     "GGNSpectrum",
@@ -59,6 +62,7 @@ __all__ = [
     "LayerGeometry",
     "LinearOperator",
     "MaxEigenvalue",
+    "Measure",
     "PerSample",
     "Plan",
     "RelativeFlatness",
@@ -70,6 +74,7 @@ __all__ = [
     "diagonal",
     "eigsh",
     "fisher",
+    "flatness",
     "geometry",
     "ggn",
     "ggn_diagonal",

@@ -19,7 +19,7 @@ from flatkern.operators.blocks import by_layer
 from flatkern.operators.congruence import Congruence, Scaling
 from flatkern.perturbed_loss import PerturbedLoss
 
-__all__ = ["Control", "finite_average", "infinitesimal_average", "make_control"]
+__all__ = ["Control", "finite_average", "infinitesimal_average", "layer_slices", "make_control"]
 
 _PILOT = 8
 """Pairs whose spread tells how many are needed and whether the control variate pays; they count."""
@@ -47,7 +47,7 @@ def infinitesimal_average(
         op = parts.operator()
         scaled = Congruence(op, Scaling(theta[parts.columns].to(op.dtype)))
         rest = group_traces(
-            scaled, _layer_slices(op.layout.slices if op.layout else {}),
+            scaled, layer_slices(op.layout.slices if op.layout else {}),
             rtol=rtol, offset=exact, samples=samples, max_matvecs=max_samples, generator=generator,
         )  # fmt: skip
         part, error = rest.total
@@ -78,7 +78,7 @@ def infinitesimal_average(
     )
 
 
-def _layer_slices(slices: dict[str, slice]) -> dict[str, slice]:
+def layer_slices(slices: dict[str, slice]) -> dict[str, slice]:
     """Ranges of whole layers: their parameters follow one another in a layout."""
     found: dict[str, slice] = {}
     for name, own in slices.items():

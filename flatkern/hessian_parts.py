@@ -70,6 +70,7 @@ def hessian_parts(
     max_memory: int,
     diagonal: GGNEntries | None = None,
     unproven: dict[str, str] | None = None,
+    max_columns: int | None = None,
 ) -> HessianParts:
     """Split the Hessian of a loss where its diagonal is concerned.
 
@@ -78,13 +79,14 @@ def hessian_parts(
             :func:`flatkern.hessian`.
         max_memory: bytes.
         diagonal, unproven: the exact part and the verdicts, where they are known already.
+        max_columns: cotangents a sample beyond which H is taken whole.
     """
     check_model(model)
     loss = resolve(loss_fn, reduction, forward)
     parameters = select_parameters(model, params)
-    reason = (
-        "" if diagonal is not None else why_no_split(model, loss_fn, data, reduction, forward, max_memory)
-    )
+    reason = ""
+    if diagonal is None:
+        reason = why_no_split(model, loss_fn, data, reduction, forward, max_memory, max_columns)
     if reason:
         return _whole(model, loss_fn, data, parameters, reduction, forward, max_memory, reason)
     names = list(parameters)
@@ -118,6 +120,7 @@ def why_no_split(
     reduction: Reduction | None,
     forward: Forward | None,
     max_memory: int,
+    max_columns: int | None = None,
 ) -> str:
     """Why the Gauss-Newton diagonal is not to be had; empty where it is."""
     loss = resolve(loss_fn, reduction, forward)
@@ -131,6 +134,8 @@ def why_no_split(
     output, y = rows.evaluate(inputs, target, few)
     if loss_uses_parameters(loss, output, y, model):
         return f"the loss {loss.name} itself uses parameters"
+    if max_columns is not None and loss.columns(output) > max_columns:
+        return f"{loss.columns(output)} cotangents a sample"
     needed = 3 * loss.columns(output) * output[0].numel() * output.element_size()
     if needed > max_memory:
         return f"{loss.columns(output)} cotangents a sample exceed max_memory"

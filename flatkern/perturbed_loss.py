@@ -76,6 +76,8 @@ class PerturbedLoss:
         self._unchecked = [self._loss.callable]
         self._seen: Tensor | None = None
         self.num_data = 0
+        self.denominator = 1.0
+        """What summed numerators are divided by."""
         self.theta = self.layout.flatten({n: p.detach() for n, p in self.parameters.items()})
         """θ, [P]."""
         self.value, _ = self._pass(None, with_gradient=False)
@@ -126,8 +128,8 @@ class PerturbedLoss:
         assert sums is not None
         self._same_data(sums)
         self.num_data = n
-        denominator = self._loss.denominator(weight)
-        return total / denominator, None if gradient is None else gradient / denominator
+        self.denominator = self._loss.denominator(weight)
+        return total / self.denominator, None if gradient is None else gradient / self.denominator
 
     def _output(self, tensors: Mapping[str, Tensor], part: Any) -> tuple[Tensor, Any]:
         with preserve_state(self._model):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from flatkern._loss_roots import with_roots
 from flatkern.curvature_rows import CurvatureRows
 from flatkern.estimators.group_traces import group_traces
-from flatkern.gradient_rows import Chunk, GradientRows
+from flatkern.gradient_rows import GradientRows
 from flatkern.hessian_parts import why_no_split
 from flatkern.last_layer import is_output, is_transposed, last_dense
 from flatkern.layers.outer import OuterTerm
 from flatkern.layers.term import Term, chunks
-from flatkern.linearize import Forward, linearizations
+from flatkern.linearize import Forward, Linearization, linearizations
 from flatkern.loss_data import LossData, separate_loss
 from flatkern.losses import Loss, Reduction
 from flatkern.operators import LinearOperator, hessian
@@ -32,7 +32,7 @@ from flatkern.results import Estimate, standard_error
 from flatkern.samples import count_samples, take
 from flatkern.verdicts import loss_uses_parameters, not_affine
 
-__all__ = ["LayerProblem", "RelativeFlatness", "weighted_norms"]
+__all__ = ["LayerProblem", "RelativeFlatness", "find_layer", "weighted_norms"]
 
 EXACT_UP_TO = 64
 """Cotangents a sample up to which the exact way is taken; beyond, signs are drawn."""
@@ -77,7 +77,7 @@ class LayerProblem:
         self._batches = LossData(model, data, forward)
         ((inputs, _),) = islice(iter(self._batches), 1)
         self._few = take(inputs, slice(0, min(_FEW, count_samples(inputs))))
-        self._name = self._last() if layer is None else _named(model, layer)
+        self._name = find_layer(model, self._batches, layer)
         self._parameters = select_parameters(model, self._name)
         # labels do not matter: only forward passes and own cotangents are made of it
         self._rows = CurvatureRows(
@@ -86,14 +86,6 @@ class LayerProblem:
         )  # fmt: skip
         self._survey = self._rows.survey()
         self._transposed, self._direct = self._inspected()
-
-    def _last(self) -> str:
-        parameters = select_parameters(self._model)
-        (lin,) = linearizations(
-            self._model, self._few, parameters,
-            with_input=False, max_memory=1 << 62, cotangents=1, forward=self._batches.forward,
-        )  # fmt: skip
-        return last_dense(lin, parameters)
 
     def _inspected(self) -> tuple[bool, bool]:
         """Whether the weight is kept as [in, out], and whether its layer's output is the model's."""
@@ -143,8 +135,10 @@ class LayerProblem:
         )  # fmt: skip
         parts = []
         for chunk in rows.chunks(self._limit // 2):
-            parts.append(weighted_norms(chunk, self._name, self._parameters[self._name], self._limit // 4))
-            del chunk
+            terms = chunk.gradients.terms.get(self._name, [])
+            weight = self._parameters[self._name]
+            parts.append(weighted_norms(chunk.lin, terms, self._name, weight, self._limit // 4))
+            del chunk, terms
         return torch.cat(parts)
 
     def _closed_form(self) -> RelativeFlatness | None:
@@ -259,7 +253,16 @@ class LayerProblem:
         )
 
 
-def _named(model: nn.Module, layer: str) -> str:
+def find_layer(model: nn.Module, batches: LossData, layer: str | None) -> str:
+    """The name of the weight: that of ``layer``, or of the last dense layer."""
+    if layer is None:
+        parameters = select_parameters(model)
+        ((inputs, _),) = islice(iter(batches), 1)
+        (lin,) = linearizations(
+            model, take(inputs, slice(0, min(_FEW, count_samples(inputs)))), parameters,
+            with_input=False, max_memory=1 << 62, cotangents=1, forward=batches.forward,
+        )  # fmt: skip
+        return last_dense(lin, parameters)
     named = dict(model.named_parameters(remove_duplicate=False))
     name = layer if layer in named else f"{layer}.weight"
     if name not in named:
@@ -284,22 +287,23 @@ def _weighted_features(term: Term) -> Tensor:
     return (a.square().sum(2) * term.cotangents[0, :, 0, :, 0].double()).sum(1)
 
 
-def weighted_norms(chunk: Chunk, name: str, parameter: nn.Parameter, max_memory: int) -> Tensor:
+def weighted_norms(
+    lin: Linearization, terms: Sequence[Term], name: str, parameter: nn.Parameter, max_memory: int
+) -> Tensor:
     """Σ_k ‖Wᵀ Γ_ik‖_F² with Γ_ik [C, d] the gradients of a matrix parameter, float64 [n].
 
     Where Γ = Σ_t g_t a_tᵀ, Wᵀ Γ is the same with Wᵀ g_t: cheap norms again.
     """
-    terms = chunk.gradients.terms.get(name, [])
     if not terms:
-        return torch.zeros(chunk.lin.n, dtype=torch.float64, device=parameter.device)
-    if len(terms) == 1 and (turned := is_transposed(chunk.lin, name, terms[0])) is not None:
+        return torch.zeros(lin.n, dtype=torch.float64, device=parameter.device)
+    if len(terms) == 1 and (turned := is_transposed(lin, name, terms[0])) is not None:
         term = terms[0]
         assert isinstance(term, OuterTerm)
         with torch.no_grad():
             changed = term.cotangents @ (parameter.mT if turned else parameter)
             shape = torch.Size((changed.shape[-1], term.sizes[2]))
             return OuterTerm(term.features, changed, shape).squared_norms(max_memory)
-    uses = chunk.lin.uses.grouped(name) if name in chunk.lin.uses.by_parameter else [()]
+    uses = lin.uses.grouped(name) if name in lin.uses.by_parameter else [()]
     return _formed(own_term(parameter, list(zip(uses, terms, strict=True))), parameter.detach(), max_memory)
 
 
