@@ -14,7 +14,7 @@ from flatkern.adaptive_average import Control, finite_average, infinitesimal_ave
 from flatkern.adaptive_result import AdaptiveSharpness, Kind
 from flatkern.adaptive_worst import expansion, find_worst
 from flatkern.estimators.common import check_count, check_positive, make_generator
-from flatkern.hessian_parts import hessian_parts
+from flatkern.hessian_parts import EXACT_UP_TO, hessian_parts
 from flatkern.linearize import Forward, budget
 from flatkern.losses import Reduction
 from flatkern.perturbed_loss import PerturbedLoss
@@ -62,7 +62,7 @@ def adaptive_sharpness(
     the ½ out: Σ_k θ_k² H_kk is twice the first value).
 
     **Average, ρ → 0**: exact for parameters in whose entries the outputs are piecewise affine (Σ θ_k² GGN_kk by layer
-    rules, see :func:`flatkern.hessian_diagonal`); for the others the residual Tr D R D is sampled with sign vectors.
+    rules, see :func:`flatkern.hessian_diagonal`; with more than 64 cotangents a sample by sign draws); for the others the residual Tr D R D is sampled with sign vectors.
 
     **Average, ρ > 0**: pairs (+δ, −δ), which cancel all odd orders. Where it pays, ½ δᵀGδ (G the Gauss-Newton matrix)
     is taken from each pair's value and its exact mean ½ρ² Σ θ_k² G_kk put back: unbiased at any ρ, and nearly free of
@@ -118,7 +118,7 @@ def adaptive_sharpness(
         "params": params, "reduction": reduction, "forward": forward, "max_memory": limit
     }  # fmt: skip
     if kind == "average" and rho is None:
-        parts = hessian_parts(model, loss_fn, data, **same)
+        parts = hessian_parts(model, loss_fn, data, **same, max_columns=EXACT_UP_TO)
         found = infinitesimal_average(parts, goal, samples, max_samples, source)
         if not per_layer:
             found = replace(found, per_layer=None, per_layer_stderr=None)

@@ -11,19 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from flatkern.adaptive_result import AdaptiveSharpness
-from flatkern.estimators.group_traces import GroupTraces, group_traces
+from flatkern.diagonal_traces import diagonal_traces
 from flatkern.ggn_entries import ggn_diagonal
 from flatkern.hessian_parts import HessianParts, why_no_split
 from flatkern.operators import ggn
-from flatkern.operators.blocks import by_layer
-from flatkern.operators.congruence import Congruence, Scaling
 from flatkern.perturbed_loss import PerturbedLoss
 
-__all__ = ["Control", "finite_average", "infinitesimal_average", "layer_slices", "make_control"]
+__all__ = ["Control", "finite_average", "infinitesimal_average", "make_control"]
 
 _PILOT = 8
 """Pairs whose spread tells how many are needed and whether the control variate pays; they count."""
 _RESERVE = 1.1
+_ROUNDS = 4
 _CONTROL_COST = 3
 """A pair with its control variate (two forward passes and a Gauss-Newton product) over a pair without."""
 
@@ -33,58 +32,26 @@ def infinitesimal_average(
 ) -> AdaptiveSharpness:
     """½ Σ θ_k² H_kk from the exact part of the diagonal and sign vectors for the rest, by layer."""
     theta = parts.layout.flatten({n: p.detach() for n, p in parts.parameters.items()})
-    layers = by_layer(parts.layout)
-    weighted = parts.ggn * theta.double().square()
-    values = {
-        layer: float(sum(weighted[parts.layout.slices[name]].sum() for name in names))
-        for layer, names in layers.items()
-    }
-    exact = sum(values.values())
-    errors = dict.fromkeys(layers, 0.0)
-    rest: GroupTraces | None = None
-    total, error = exact, 0.0
-    if parts.unproven:
-        op = parts.operator()
-        scaled = Congruence(op, Scaling(theta[parts.columns].to(op.dtype)))
-        rest = group_traces(
-            scaled, layer_slices(op.layout.slices if op.layout else {}),
-            rtol=rtol, offset=exact, samples=samples, max_matvecs=max_samples, generator=generator,
-        )  # fmt: skip
-        part, error = rest.total
-        total += part
-        for layer, (value, spread) in rest.by_group.items():
-            values[layer] += value
-            errors[layer] = spread
-    how = "exact (Gauss-Newton diagonal; outputs piecewise affine in every parameter entry)"
-    if rest is not None:
-        drawn = "a product an entry" if rest.exact else f"{len(rest.samples)} sign vectors"
-        of = f"residual of {len(parts.unproven)} of {len(parts.parameters)} parameters"
-        how = f"exact Gauss-Newton part + {of}: {drawn}" if parts.split else f"{drawn} with the Hessian"
+    found = diagonal_traces(
+        parts, theta.abs(), rtol=rtol, samples=samples, max_samples=max_samples, generator=generator
+    )
     return AdaptiveSharpness(
-        value=total / 2,
-        stderr=error / 2,
-        method=how,
+        value=found.value / 2,
+        stderr=found.stderr / 2,
+        method=found.method,
         num_data=parts.num_data,
-        matvecs=0 if rest is None else rest.matvecs,
-        converged=rest is None or rest.converged,
-        samples=None if rest is None or rest.exact else (exact + rest.samples.sum(1)) / 2,
-        per_layer={layer: value / 2 for layer, value in values.items()},
-        per_layer_stderr={layer: value / 2 for layer, value in errors.items()},
-        notes=parts.notes + (() if rest is None else rest.notes),
-        dof=None if rest is None else rest.dof,
+        matvecs=found.matvecs,
+        passes=found.passes,
+        converged=found.converged,
+        samples=None if found.samples is None else found.samples / 2,
+        per_layer={layer: value / 2 for layer, value in found.per_layer.items()},
+        per_layer_stderr={layer: error / 2 for layer, error in found.per_layer_stderr.items()},
+        notes=found.notes,
+        dof=found.dof,
         loss=parts.loss,
         exact=parts.exact,
-        sampled=parts.unproven,
+        sampled=parts.sampled,
     )
-
-
-def layer_slices(slices: dict[str, slice]) -> dict[str, slice]:
-    """Ranges of whole layers: their parameters follow one another in a layout."""
-    found: dict[str, slice] = {}
-    for name, own in slices.items():
-        layer = name.rpartition(".")[0]
-        found[layer] = slice(found[layer].start, own.stop) if layer in found else own
-    return found
 
 
 @dataclass(frozen=True)
@@ -102,9 +69,9 @@ def make_control(
 
     ``same``: ``params``, ``reduction``, ``forward`` and ``max_memory`` of the call.
     """
-    reason = why_no_split(model, loss_fn, data, same["reduction"], same["forward"], same["max_memory"])
-    if reason:
-        return reason
+    obstacle = why_no_split(model, loss_fn, data, same["reduction"], same["forward"], same["max_memory"])
+    if obstacle is not None:
+        return obstacle.reason
     entries = ggn_diagonal(model, loss_fn, data, **same)
     op = ggn(model, loss_fn, data, **same)
     scales = loss.theta.abs()
@@ -154,19 +121,26 @@ def finite_average(
         forced or float((plain - known).var()) * _CONTROL_COST < float(plain.var())
     )
     values = plain - known if with_control else plain
-    if samples is None:
-        error, goal = _error(values), rtol * abs(float(values.mean()))
-        if error > goal:
-            wanted = math.ceil(min(_RESERVE * first * (error / goal) ** 2, 1e12)) if goal else 10**12
-            wanted = max(wanted, first + 1)
-    count = min(wanted, max_samples)
-    more = [pair(j, with_control) for j in range(first, count)]
-    values = torch.cat([values, torch.tensor([y - x for y, x in more], dtype=torch.float64)])
+    met = samples is not None
+    for _ in range(_ROUNDS):  # the error itself is an estimate: looked at again after every round
+        if samples is None:
+            error, goal = _error(values), rtol * abs(float(values.mean()))
+            met = error <= goal
+            if not met:
+                wanted = (
+                    math.ceil(min(_RESERVE * len(values) * (error / goal) ** 2, 1e12)) if goal else 10**12
+                )
+                wanted = max(wanted, len(values) + 1)
+        count = min(wanted, max_samples)
+        if count <= len(values):
+            break
+        more = [pair(j, with_control) for j in range(len(values), count)]
+        values = torch.cat([values, torch.tensor([y - x for y, x in more], dtype=torch.float64)])
+    met = met or _error(values) <= rtol * abs(float(values.mean()))
     notes: tuple[str, ...] = ()
-    met = samples is not None or _error(values) <= rtol * abs(float(values.mean()))
-    if wanted > count:
+    if wanted > len(values):
         planned = "more" if wanted >= 10**12 else str(wanted)
-        notes = (f"max_samples allowed {count} pairs; {planned} were planned",)
+        notes = (f"max_samples allowed {len(values)} pairs; {planned} were planned",)
     elif not met:
         notes = ("the pairs spread more than the first had; ask for more samples",)
     how = f"{len(values)} antithetic pairs" + (" with a Gauss-Newton control variate" if with_control else "")
@@ -177,7 +151,7 @@ def finite_average(
         num_data=loss.num_data,
         passes=2 * len(values) + 1,
         matvecs=len(values) if with_control else (first if control is not None else 0),
-        converged=met and wanted <= count,
+        converged=not notes,
         samples=values,
         notes=notes,
         dof=len(values) - 1,

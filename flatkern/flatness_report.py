@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatkern.adaptive_average import infinitesimal_average, layer_slices
+from flatkern.adaptive_average import infinitesimal_average
 from flatkern.curvature_rows import CurvatureRows
+from flatkern.diagonal_traces import diagonal_traces
 from flatkern.estimators.common import check_positive, make_generator
-from flatkern.estimators.group_traces import group_traces
 from flatkern.flatness import ggn_trace, gradient_norms
 from flatkern.flatness_pass import Sums, one_pass
 from flatkern.flatness_table import Flatness, Measure
-from flatkern.hessian_parts import HessianParts, hessian_parts, why_no_split
+from flatkern.hessian_parts import EXACT_UP_TO, HessianParts, hessian_parts, why_no_split
 from flatkern.linearize import Forward, budget
 from flatkern.loss_data import LossData, separate_loss
 from flatkern.losses import Reduction
@@ -28,7 +28,7 @@ from flatkern.max_eigenvalue import max_eigenvalue
 from flatkern.perturbed_loss import PerturbedLoss
 from flatkern.problem import ParameterSelection, check_model, differentiation, select_parameters
 from flatkern.relative_flatness import relative_flatness
-from flatkern.relative_parts import EXACT_UP_TO, find_layer
+from flatkern.relative_parts import find_layer
 from flatkern.results import Estimate, PerSample, standard_error
 from flatkern.squared_norms import layer_of
 from flatkern.tape import UnsupportedError
@@ -38,6 +38,8 @@ from flatkern.verdicts import not_affine
 __all__ = ["QUANTITIES", "flatness"]
 
 DEFAULT_RTOL = 0.05
+_MOST = 1000
+"""Sign vectors for one quantity."""
 
 QUANTITIES = {
     "loss": "L(θ)",
@@ -181,7 +183,8 @@ class _Run:
         )
         ((inputs, target),) = islice(iter(rows), 1)
         self._outputs = rows.evaluate(inputs, target, slice(0, 1))[0].numel()
-        self._apart = why_no_split(model, loss_fn, data, reduction, forward, max_memory, EXACT_UP_TO)
+        obstacle = why_no_split(model, loss_fn, data, reduction, forward, max_memory, EXACT_UP_TO)
+        self._apart = "" if obstacle is None else obstacle.reason
         if not self._apart and self._outputs > EXACT_UP_TO:
             self._apart = f"{self._outputs} outputs a sample"
         self.sums = self._shared() if not self._apart else None
@@ -342,7 +345,7 @@ class _Run:
             assert self.sums.ggn is not None
             found = _from_estimate("hessian_trace", self.sums.ggn)
             return replace(found, method="exact (= Tr G; outputs piecewise affine in every parameter entry)")
-        if self._forward is not None:
+        if self._forward is not None or (self.sums is None and self._parts.split):
             return self._hessian_trace_by_products()
         same = {key: value for key, value in self._same.items() if key != "forward"}
         same.update(rtol=self._rtol, seed=self._seed())
@@ -354,33 +357,19 @@ class _Run:
         return replace(measure, per_layer_stderr=found_trace.per_layer_stderr or {})
 
     def _hessian_trace_by_products(self) -> Measure:
-        parts = self._parts
-        values = {
-            layer: float(parts.ggn[place].sum()) for layer, place in layer_slices(parts.layout.slices).items()
-        }
-        errors: dict[str, float] = {}
-        exact, rest, error, drawn = sum(values.values()), 0.0, 0.0, "exact"
-        if parts.unproven:
-            op = parts.operator()
-            assert op.layout is not None
-            generator = torch.Generator().manual_seed(self._seed())
-            traces = group_traces(
-                op, layer_slices(op.layout.slices), rtol=self._rtol, offset=exact, generator=generator
-            )
-            rest, error = traces.total
-            for layer, (value, spread) in traces.by_group.items():
-                values[layer] += value
-                errors[layer] = spread
-            of = "the residual" if parts.split else "the Hessian"
-            drawn = "a product an entry" if traces.exact else f"{len(traces.samples)} sign vectors with {of}"
+        generator = torch.Generator().manual_seed(self._seed())
+        found = diagonal_traces(
+            self._parts, None, rtol=self._rtol, samples=None, max_samples=_MOST, generator=generator
+        )
         return Measure(
             "hessian_trace",
             QUANTITIES["hessian_trace"],
-            exact + rest,
-            stderr=error,
-            method=drawn,
-            per_layer=values,
-            per_layer_stderr=errors,
+            found.value,
+            stderr=found.stderr,
+            method=found.method if found.converged else f"{found.method}, not converged",
+            per_layer=found.per_layer,
+            per_layer_stderr=found.per_layer_stderr,
+            result=found,
         )
 
     def _max_eigenvalue_measure(self) -> Measure:
@@ -399,7 +388,7 @@ class _Run:
 
     def _adaptive_sharpness_measure(self) -> Measure:
         generator = torch.Generator().manual_seed(self._seed())
-        found = infinitesimal_average(self._parts, self._rtol, None, 1000, generator)
+        found = infinitesimal_average(self._parts, self._rtol, None, _MOST, generator)
         measure = _from_estimate("adaptive_sharpness", found)
         return replace(measure, per_layer_stderr=found.per_layer_stderr or {})
 

@@ -15,7 +15,7 @@ from flatkern._loss_roots import with_roots
 from flatkern.curvature_rows import CurvatureRows
 from flatkern.estimators.group_traces import group_traces
 from flatkern.gradient_rows import GradientRows
-from flatkern.hessian_parts import why_no_split
+from flatkern.hessian_parts import EXACT_UP_TO, why_no_split
 from flatkern.last_layer import is_output, is_transposed, last_dense
 from flatkern.layers.outer import OuterTerm
 from flatkern.layers.term import Term, chunks
@@ -30,12 +30,10 @@ from flatkern.problem import select_parameters
 from flatkern.residual_operator import residual_operator
 from flatkern.results import Estimate, standard_error
 from flatkern.samples import count_samples, take
-from flatkern.verdicts import loss_uses_parameters, not_affine
+from flatkern.verdicts import not_affine
 
 __all__ = ["LayerProblem", "RelativeFlatness", "find_layer", "weighted_norms"]
 
-EXACT_UP_TO = 64
-"""Cotangents a sample up to which the exact way is taken; beyond, signs are drawn."""
 _DRAWS = 4
 _FEW = 3
 """Samples of the run that finds the layer."""
@@ -109,11 +107,11 @@ class LayerProblem:
         known = self._closed_form() if self._direct else None
         if known is not None:
             return known
-        reason = why_no_split(
+        obstacle = why_no_split(
             self._model, self._loss_fn, self._data, self._reduction, self._forward, self._limit
         )
-        if reason and not self._can_sketch():
-            return self._sampled(None, reason)
+        if obstacle is not None and not obstacle.can_draw:
+            return self._sampled(None, obstacle.reason)
         ggn = self._gauss_newton()
         verdict = not_affine(self._model, self._batches, self._parameters, self._batches.forward, self._limit)
         return self._sampled(ggn, verdict[self._name]) if self._name in verdict else ggn
@@ -121,11 +119,6 @@ class LayerProblem:
     def _one_output(self) -> tuple[Tensor, Any]:
         ((inputs, target),) = islice(iter(self._rows), 1)
         return self._rows.evaluate(inputs, target, slice(0, 1))
-
-    def _can_sketch(self) -> bool:
-        if self._loss.sketch is None:
-            return False
-        return not loss_uses_parameters(self._loss, *self._one_output(), self._model)
 
     def _chunked(self, roots: Callable[[Tensor, Any], Tensor], cotangents: int | None = 1) -> Tensor:
         """Σ_k ‖Wᵀ Γ_ik‖² for cotangents [K, n, *output], float64 [n]."""

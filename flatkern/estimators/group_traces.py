@@ -16,6 +16,8 @@ __all__ = ["GroupTraces", "group_traces"]
 
 _PILOT = 16
 _RESERVE = 1.1
+_ROUNDS = 4
+_UNREACHABLE = 10**12
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ def group_traces(
     Args:
         op: square.
         groups: entries by name; together all of them, each once.
-        rtol: aim at stderr ≤ rtol · |offset + trace|; 16 vectors tell how many are needed, and count.
+        rtol: aim at stderr ≤ rtol · |offset + trace|; 16 vectors tell how many are needed, and count;
+            the spread is looked at again up to three times.
         offset: something exact that the trace is to be added to.
         samples: number of vectors instead, at least 2.
         max_matvecs: never more products.
@@ -81,25 +84,32 @@ def group_traces(
         return _outright(op, groups, 0)
     wanted = samples or _PILOT
     values = _forms(op, groups, min(wanted, max_matvecs), generator)
-    if samples is None:
+    met = samples is not None
+    for _ in range(_ROUNDS if samples is None else 0):  # the error itself is an estimate: looked at again
         value, error = _mean(values.sum(1), False)
         goal = rtol * abs(offset + value)
-        if error > goal:
-            wanted = math.ceil(min(_RESERVE * len(values) * (error / goal) ** 2, 1e12)) if goal else 10**12
-            wanted = max(wanted, len(values) + 1)
+        met = error <= goal
+        if met or len(values) >= max_matvecs:
+            break
+        wanted = (
+            math.ceil(min(_RESERVE * len(values) * (error / goal) ** 2, _UNREACHABLE))
+            if goal
+            else _UNREACHABLE
+        )
+        wanted = max(wanted, len(values) + 1)
         more = min(wanted, max_matvecs) - len(values)
         if size <= more:
             return _outright(op, groups, len(values))
-        if more > 0:
-            values = torch.cat([values, _forms(op, groups, more, generator)])
+        values = torch.cat([values, _forms(op, groups, more, generator)])
     require_finite(values.sum().cpu(), "trace")
     value, error = _mean(values.sum(1), False)
+    met = met or error <= rtol * abs(offset + value)
     notes: tuple[str, ...] = ()
     if wanted > len(values):
-        planned = "more" if wanted >= 10**12 else str(wanted)
+        planned = "more" if wanted >= _UNREACHABLE else str(wanted)
         notes = (f"{planned} products were planned, {len(values)} allowed",)
-    elif samples is None and error > rtol * abs(offset + value):
-        notes = ("the values spread more than the pilot had predicted; ask for more samples",)
+    elif not met:
+        notes = ("the values spread more than the first ones had; ask for more samples",)
     return GroupTraces(values, tuple(groups), False, len(values), not notes, notes)
 
 
