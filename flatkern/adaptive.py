@@ -62,7 +62,8 @@ def adaptive_sharpness(
     the ½ out: Σ_k θ_k² H_kk is twice the first value).
 
     **Average, ρ → 0**: exact for parameters in whose entries the outputs are piecewise affine (Σ θ_k² GGN_kk by layer
-    rules, see :func:`flatkern.hessian_diagonal`; with more than 64 cotangents a sample by sign draws); for the others the residual Tr D R D is sampled with sign vectors.
+    rules, see :func:`flatkern.hessian_diagonal`; with more than 64 cotangents a sample by sign draws); for the others
+    the residual Tr D R D is sampled with sign vectors.
 
     **Average, ρ > 0**: pairs (+δ, −δ), which cancel all odd orders. Where it pays, ½ δᵀGδ (G the Gauss-Newton matrix)
     is taken from each pair's value and its exact mean ½ρ² Σ θ_k² G_kk put back: unbiased at any ρ, and nearly free of

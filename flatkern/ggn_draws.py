@@ -1,4 +1,4 @@
-"""Weighted traces of the Gauss-Newton diagonal by sign sketches, where a sample has too many outputs for all its roots."""
+"""Weighted traces of the Gauss-Newton diagonal by sign sketches, for samples with too many outputs for all roots."""
 
 from __future__ import annotations
 

@@ -107,6 +107,7 @@ def loss_uses_parameters(loss: Loss, output: Tensor, target: Any, model: nn.Modu
     if not loss.callable:
         return False
     leaf = output.detach().clone().requires_grad_()
-    value = loss.numerator(leaf.view_as(leaf), target)
+    with torch.enable_grad():
+        value = loss.numerator(leaf.view_as(leaf), target)
     owned = {id(p) for p in model.parameters()}
     return any(id(getattr(node, "variable", None)) in owned for node in _below(value.grad_fn))
