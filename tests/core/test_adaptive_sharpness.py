@@ -93,7 +93,7 @@ def test_the_limits_error_bar_over_seeds():
     model = nn.Sequential(nn.Linear(4, 10), nn.Tanh(), nn.Linear(10, 8), nn.GELU(), nn.Linear(8, 3)).double()
     x, y = torch.randn(10, 4).double(), torch.randint(3, (10,))
     want = sum(by_layer(model, CE, x, y).values())
-    runs = [fk.adaptive_sharpness(model, CE, (x, y), samples=16, seed=seed) for seed in range(50)]
+    runs = [fk.adaptive_sharpness(model, CE, (x, y), samples=16, seed=seed) for seed in range(40)]
     z = torch.tensor([(r.value - want) / r.stderr for r in runs])
     assert abs(float(z.mean())) < 0.6
     assert 0.75 < float(z.std()) < 1.45
@@ -105,14 +105,14 @@ def test_many_outputs_are_drawn(act):
     model = nn.Sequential(nn.Linear(4, 6), act(), nn.Linear(6, 70)).double()
     x, y = torch.randn(20, 4).double(), torch.randint(70, (20,))
     want = by_layer(model, CE, x, y)
-    runs = [fk.adaptive_sharpness(model, CE, (x, y), samples=8, seed=s, per_layer=True) for s in range(40)]
+    runs = [fk.adaptive_sharpness(model, CE, (x, y), samples=8, seed=s, per_layer=True) for s in range(24)]
     assert "sign draws" in runs[0].method
     assert not runs[0].exact
     for layer, value in want.items():
         found = torch.tensor([r.per_layer[layer] for r in runs])
-        assert abs(float(found.mean()) - value) < 4 * float(found.std()) / 40**0.5
+        assert abs(float(found.mean()) - value) < 4 * float(found.std()) / 24**0.5
         error = torch.tensor([r.per_layer_stderr[layer] for r in runs]).square().mean().sqrt()
-        assert float(error) == pytest.approx(float(found.std()), rel=0.35)
+        assert float(error) == pytest.approx(float(found.std()), rel=0.5)
     planned = fk.adaptive_sharpness(model, CE, (x, y), rtol=0.03, seed=0)
     assert planned.converged
     assert abs(planned.value - sum(want.values())) < 4 * planned.stderr
@@ -150,7 +150,7 @@ def brute_force(model: nn.Module, x: Tensor, y: Tensor, rho: float, count: int) 
 @pytest.mark.parametrize("control", [True, False])
 def test_a_finite_average_is_that_of_brute_force(act, rho, control):
     model, x, y = trained(act)
-    want, error = brute_force(model, x, y, rho, 40_000)
+    want, error = brute_force(model, x, y, rho, 20_000)
     got = fk.adaptive_sharpness(model, CE, (x, y), rho=rho, samples=150, control_variate=control, seed=4)
     assert abs(got.value - want) < 4.5 * (error**2 + got.stderr**2) ** 0.5
     assert got.loss == pytest.approx(float(CE(model(x), y).detach()))
@@ -161,9 +161,12 @@ def test_a_finite_average_is_that_of_brute_force(act, rho, control):
 def test_a_finite_average_is_unbiased_with_an_error_bar_that_covers():
     model, x, y = trained(nn.Tanh)
     rho = 0.2
-    want, error = brute_force(model, x, y, rho, 100_000)
-    runs = [fk.adaptive_sharpness(model, CE, (x, y), rho=rho, samples=8, seed=s) for s in range(40)]
-    assert all("control variate" in r.method for r in runs)
+    want, error = brute_force(model, x, y, rho, 50_000)
+    runs = [
+        fk.adaptive_sharpness(model, CE, (x, y), rho=rho, samples=8, control_variate=s % 2 == 0, seed=s)
+        for s in range(40)
+    ]
+
     z = torch.tensor([(r.value - want) / (r.stderr**2 + error**2) ** 0.5 for r in runs])
     assert abs(float(z.mean())) < 0.75
     assert 0.7 < float(z.std()) < 1.6
@@ -233,9 +236,8 @@ def test_ascent_finds_the_maximum_of_a_quadratic_loss(rho):
     torch.manual_seed(0)
     model, x, y = nn.Linear(4, 2).double(), torch.randn(9, 4).double(), torch.randn(9, 2).double()
     loss = nn.MSELoss()
-    g = theta(model).abs() * torch.cat(
-        [t.flatten() for t in torch.autograd.grad(loss(model(x), y), model.parameters())]
-    )
+    grads = torch.autograd.grad(loss(model(x), y), list(model.parameters()))
+    g = theta(model).abs() * torch.cat([t.flatten() for t in grads])
     best = trust_region(scaled_hessian(model, loss, (x, y)), g, rho)
     got = fk.adaptive_sharpness(model, loss, (x, y), kind="worst", rho=rho, steps=40, seed=0)
     assert got.value <= best * (1 + 1e-9)
@@ -275,9 +277,8 @@ def test_scaling_laws():
         model[0].weight.mul_(3)
         model[2].weight.div_(3)
     assert fk.adaptive_sharpness(model, CE, (x, y)).value == pytest.approx(base)
-    assert fk.adaptive_sharpness(model, CE, (x, y), kind="worst", rho=0.2, seed=0).value == pytest.approx(
-        worst, rel=1e-4
-    )
+    again = fk.adaptive_sharpness(model, CE, (x, y), kind="worst", rho=0.2, seed=0).value
+    assert again == pytest.approx(worst, rel=1e-4)
     assert fk.adaptive_sharpness(model, CE, (x, y), rho=0.2, samples=10, seed=0).value == pytest.approx(
         finite
     )
@@ -296,7 +297,7 @@ def test_batches_of_any_kind_and_selected_parameters():
         whole = fk.adaptive_sharpness(model, loss, (x, y), **chosen)
         parts = fk.adaptive_sharpness(model, loss, batches, forward=forward, **chosen)
         assert parts.value == pytest.approx(whole.value, rel=1e-4)
-        tight = fk.adaptive_sharpness(model, loss, batches, forward=forward, max_memory=30_000, **chosen)
+        tight = fk.adaptive_sharpness(model, loss, batches, forward=forward, max_memory=60_000, **chosen)
         assert tight.value == pytest.approx(whole.value, rel=1e-4)
 
 
