@@ -93,7 +93,7 @@ def test_the_limits_error_bar_over_seeds():
     model = nn.Sequential(nn.Linear(4, 10), nn.Tanh(), nn.Linear(10, 8), nn.GELU(), nn.Linear(8, 3)).double()
     x, y = torch.randn(10, 4).double(), torch.randint(3, (10,))
     want = sum(by_layer(model, CE, x, y).values())
-    runs = [fk.adaptive_sharpness(model, CE, (x, y), samples=16, seed=seed) for seed in range(40)]
+    runs = [fk.adaptive_sharpness(model, CE, (x, y), samples=16, seed=seed) for seed in range(30)]
     z = torch.tensor([(r.value - want) / r.stderr for r in runs])
     assert abs(float(z.mean())) < 0.6
     assert 0.75 < float(z.std()) < 1.45
@@ -105,14 +105,14 @@ def test_many_outputs_are_drawn(act):
     model = nn.Sequential(nn.Linear(4, 6), act(), nn.Linear(6, 70)).double()
     x, y = torch.randn(20, 4).double(), torch.randint(70, (20,))
     want = by_layer(model, CE, x, y)
-    runs = [fk.adaptive_sharpness(model, CE, (x, y), samples=8, seed=s, per_layer=True) for s in range(24)]
+    runs = [fk.adaptive_sharpness(model, CE, (x, y), samples=8, seed=s, per_layer=True) for s in range(16)]
     assert "sign draws" in runs[0].method
     assert not runs[0].exact
     for layer, value in want.items():
         found = torch.tensor([r.per_layer[layer] for r in runs])
-        assert abs(float(found.mean()) - value) < 4 * float(found.std()) / 24**0.5
+        assert abs(float(found.mean()) - value) < 4 * float(found.std()) / 16**0.5
         error = torch.tensor([r.per_layer_stderr[layer] for r in runs]).square().mean().sqrt()
-        assert float(error) == pytest.approx(float(found.std()), rel=0.5)
+        assert float(error) == pytest.approx(float(found.std()), rel=0.6)
     planned = fk.adaptive_sharpness(model, CE, (x, y), rtol=0.03, seed=0)
     assert planned.converged
     assert abs(planned.value - sum(want.values())) < 4 * planned.stderr
@@ -163,8 +163,8 @@ def test_a_finite_average_is_unbiased_with_an_error_bar_that_covers():
     rho = 0.2
     want, error = brute_force(model, x, y, rho, 50_000)
     runs = [
-        fk.adaptive_sharpness(model, CE, (x, y), rho=rho, samples=8, control_variate=s % 2 == 0, seed=s)
-        for s in range(40)
+        fk.adaptive_sharpness(model, CE, (x, y), rho=rho, samples=32, control_variate=s % 2 == 0, seed=s)
+        for s in range(30)
     ]
 
     z = torch.tensor([(r.value - want) / (r.stderr**2 + error**2) ** 0.5 for r in runs])
