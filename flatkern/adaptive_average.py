@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from flatkern.adaptive_result import AdaptiveSharpness
 from flatkern.diagonal_traces import diagonal_traces
+from flatkern.estimators.rounds import in_rounds
 from flatkern.ggn_entries import ggn_diagonal
 from flatkern.hessian_parts import HessianParts, why_no_split
 from flatkern.operators import ggn
@@ -21,8 +21,6 @@ __all__ = ["Control", "finite_average", "infinitesimal_average", "make_control"]
 
 _PILOT = 8
 """Pairs whose spread tells how many are needed and whether the control variate pays; they count."""
-_RESERVE = 1.1
-_ROUNDS = 4
 _CONTROL_COST = 3
 """A pair with its control variate (two forward passes and a Gauss-Newton product) over a pair without."""
 
@@ -112,37 +110,23 @@ def finite_average(
         known = control.form(v) - control.mean if control is not None and with_control else 0.0
         return plain, known
 
-    wanted = samples or _PILOT
-    first = min(_PILOT, wanted, max_samples)
-    plain, known = (
-        torch.tensor(c, dtype=torch.float64) for c in zip(*(pair(j, True) for j in range(first)), strict=True)
-    )
+    first = [pair(j, True) for j in range(min(_PILOT, samples or _PILOT, max_samples))]
+    plain, known = torch.tensor(first, dtype=torch.float64).unbind(1)
     with_control = control is not None and (
         forced or float((plain - known).var()) * _CONTROL_COST < float(plain.var())
     )
-    values = plain - known if with_control else plain
-    met = samples is not None
-    for _ in range(_ROUNDS):  # the error itself is an estimate: looked at again after every round
-        if samples is None:
-            error, goal = _error(values), rtol * abs(float(values.mean()))
-            met = error <= goal
-            if not met:
-                wanted = (
-                    math.ceil(min(_RESERVE * len(values) * (error / goal) ** 2, 1e12)) if goal else 10**12
-                )
-                wanted = max(wanted, len(values) + 1)
-        count = min(wanted, max_samples)
-        if count <= len(values):
-            break
-        more = [pair(j, with_control) for j in range(len(values), count)]
-        values = torch.cat([values, torch.tensor([y - x for y, x in more], dtype=torch.float64)])
-    met = met or _error(values) <= rtol * abs(float(values.mean()))
-    notes: tuple[str, ...] = ()
-    if wanted > len(values):
-        planned = "more" if wanted >= 10**12 else str(wanted)
-        notes = (f"max_samples allowed {len(values)} pairs; {planned} were planned",)
-    elif not met:
-        notes = ("the pairs spread more than the first had; ask for more samples",)
+    begun = plain - known if with_control else plain
+
+    def draw(start: int, count: int) -> Tensor:
+        fresh = [pair(j, with_control) for j in range(max(start, len(begun)), start + count)]
+        found = torch.tensor([y - x for y, x in fresh], dtype=torch.float64)
+        return torch.cat([begun[start : start + count], found])
+
+    run = in_rounds(
+        draw, _error, lambda values: rtol * abs(float(values.mean())),
+        first=_PILOT, samples=samples, most=max_samples,
+    )  # fmt: skip
+    values, notes = run.values, run.notes("pairs", "max_samples")
     how = f"{len(values)} antithetic pairs" + (" with a Gauss-Newton control variate" if with_control else "")
     return AdaptiveSharpness(
         value=float(values.mean()),
@@ -150,7 +134,7 @@ def finite_average(
         method=how,
         num_data=loss.num_data,
         passes=2 * len(values) + 1,
-        matvecs=len(values) if with_control else (first if control is not None else 0),
+        matvecs=len(values) if with_control else (len(begun) if control is not None else 0),
         converged=not notes,
         samples=values,
         notes=notes,

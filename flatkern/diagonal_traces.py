@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from flatkern.estimators.group_traces import group_traces
+from flatkern.estimators.rounds import in_rounds
 from flatkern.hessian_parts import HessianParts
 from flatkern.operators.congruence import Congruence, Scaling
 
 __all__ = ["DiagonalTraces", "diagonal_traces", "layer_slices"]
 
 _DRAWS = 4
-_ROUNDS = 4
-_RESERVE = 1.1
 
 
 @dataclass(frozen=True)
@@ -61,24 +60,34 @@ def diagonal_traces(
     goal = rtol / 2**0.5 if both else rtol
     weights = None if scales is None else scales.double().square()
     errors = dict.fromkeys(groups, 0.0)
+    notes: tuple[str, ...] = ()
     if parts.draw is None:
         entries = parts.ggn if weights is None else parts.ggn * weights
         values = {layer: float(entries[place].sum()) for layer, place in groups.items()}
         total, error, passes, met = sum(values.values()), 0.0, 0, True
         how = "exact Gauss-Newton part"
     else:
-        draws = _drawn(parts, weights, groups, goal, samples, max_samples, generator)
+        make = parts.draw
+        run = in_rounds(
+            lambda _, count: make(weights, groups, count, generator),
+            lambda values: _stderr(values.sum(1)),
+            lambda values: goal * abs(float(values.sum(1).mean())),
+            first=_DRAWS, samples=samples, most=max_samples,
+        )  # fmt: skip
+        draws, notes = run.values, run.notes("sign draws", "max_samples")
         spread = draws.std(0) / len(draws) ** 0.5
         values = dict(zip(groups, draws.mean(0).tolist(), strict=True))
         errors = dict(zip(groups, spread.tolist(), strict=True))
         total, error = float(draws.sum(1).mean()), _stderr(draws.sum(1))
-        met = samples is not None or error <= goal * abs(total)
+        met = not notes
         passes, how = len(draws), f"{len(draws)} sign draws of the Gauss-Newton part"
     if not parts.unproven:
         if parts.draw is None:
             how = "exact (Gauss-Newton diagonal; outputs piecewise affine in every parameter entry)"
         dof = None if parts.draw is None else passes - 1
-        return DiagonalTraces(total, error, how, values, errors, None, dof, 0, passes, met, parts.notes)
+        return DiagonalTraces(
+            total, error, how, values, errors, None, dof, 0, passes, met, parts.notes + notes
+        )
     op = parts.operator()
     assert op.layout is not None
     slices = layer_slices(op.layout.slices)
@@ -107,33 +116,8 @@ def diagonal_traces(
         matvecs=rest.matvecs,
         passes=passes,
         converged=met and rest.converged,
-        notes=parts.notes + rest.notes,
+        notes=parts.notes + notes + rest.notes,
     )
-
-
-def _drawn(
-    parts: HessianParts,
-    weights: Tensor | None,
-    groups: dict[str, slice],
-    rtol: float,
-    samples: int | None,
-    max_samples: int,
-    generator: torch.Generator,
-) -> Tensor:
-    assert parts.draw is not None
-    draws = parts.draw(weights, groups, min(samples or _DRAWS, max_samples), generator)
-    for _ in range(_ROUNDS):
-        values = draws.sum(1)
-        aim = rtol * abs(float(values.mean()))
-        error = _stderr(values)
-        if samples is not None or error <= aim:
-            break
-        wanted = math.ceil(min(_RESERVE * len(draws) * (error / aim) ** 2, 1e9)) if aim else max_samples
-        more = min(max(wanted, len(draws) + 1), max_samples) - len(draws)
-        if more <= 0:
-            break
-        draws = torch.cat([draws, parts.draw(weights, groups, more, generator)])
-    return draws
 
 
 def _stderr(values: Tensor) -> float:

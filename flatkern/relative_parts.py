@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from flatkern._loss_roots import with_roots
 from flatkern.curvature_rows import CurvatureRows
 from flatkern.estimators.group_traces import group_traces
+from flatkern.estimators.rounds import in_rounds
 from flatkern.gradient_rows import GradientRows
 from flatkern.hessian_parts import EXACT_UP_TO, why_no_split
 from flatkern.last_layer import is_output, is_transposed, last_dense
@@ -170,17 +171,15 @@ class LayerProblem:
         if columns <= EXACT_UP_TO and needed <= self._limit:
             values = self._chunked(loss.root, None)
             return self._exact(values, "exact (roots of the output Hessian)", columns)
-        draws = self._draw(loss, self._samples or _DRAWS)
-        if self._samples is None:
-            size = float(draws.mean(0).sum())
-            wanted = math.ceil(1.1 * len(draws) * (_spread(draws) / (self._rtol * size)) ** 2) if size else 0
-            more = min(wanted, self._max_samples) - len(draws)
-            if more > 0:
-                draws = torch.cat([draws, self._draw(loss, more)])
+        run = in_rounds(
+            lambda _, count: self._draw(loss, count), _spread,
+            lambda values: self._rtol * float(values.mean(0).sum()),
+            first=_DRAWS, samples=self._samples, most=self._max_samples,
+        )  # fmt: skip
+        draws, notes = run.values, run.notes("sign draws", "max_samples")
         found = self._exact(draws.mean(0), f"{len(draws)} sign draws", len(draws))
         stderr = _spread(draws) / self._survey.denominator
-        met = self._samples is not None or stderr <= self._rtol * abs(found.value)
-        return replace(found, stderr=stderr, converged=met)
+        return replace(found, stderr=stderr, converged=not notes, notes=notes)
 
     def _draw(self, loss: Loss, count: int) -> Tensor:
         """κ's numerator of every draw and sample, float64 [count, n]."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -10,14 +9,12 @@ import torch
 from torch import Tensor
 
 from flatkern.estimators.common import rademacher, require_finite, rows_per_block
+from flatkern.estimators.rounds import in_rounds
 from flatkern.operators.base import LinearOperator
 
 __all__ = ["GroupTraces", "group_traces"]
 
 _PILOT = 16
-_RESERVE = 1.1
-_ROUNDS = 4
-_UNREACHABLE = 10**12
 
 
 @dataclass(frozen=True)
@@ -82,35 +79,20 @@ def group_traces(
     size = op.shape[0]
     if size <= min(samples or 2 * _PILOT, max_matvecs):
         return _outright(op, groups, 0)
-    wanted = samples or _PILOT
-    values = _forms(op, groups, min(wanted, max_matvecs), generator)
-    met = samples is not None
-    for _ in range(_ROUNDS if samples is None else 0):  # the error itself is an estimate: looked at again
-        value, error = _mean(values.sum(1), False)
-        goal = rtol * abs(offset + value)
-        met = error <= goal
-        if met or len(values) >= max_matvecs:
-            break
-        wanted = (
-            math.ceil(min(_RESERVE * len(values) * (error / goal) ** 2, _UNREACHABLE))
-            if goal
-            else _UNREACHABLE
-        )
-        wanted = max(wanted, len(values) + 1)
-        more = min(wanted, max_matvecs) - len(values)
-        if size <= more:
-            return _outright(op, groups, len(values))
-        values = torch.cat([values, _forms(op, groups, more, generator)])
-    require_finite(values.sum().cpu(), "trace")
-    value, error = _mean(values.sum(1), False)
-    met = met or error <= rtol * abs(offset + value)
-    notes: tuple[str, ...] = ()
-    if wanted > len(values):
-        planned = "more" if wanted >= _UNREACHABLE else str(wanted)
-        notes = (f"{planned} products were planned, {len(values)} allowed",)
-    elif not met:
-        notes = ("the values spread more than the first ones had; ask for more samples",)
-    return GroupTraces(values, tuple(groups), False, len(values), not notes, notes)
+    run = in_rounds(
+        lambda _, count: _forms(op, groups, count, generator),
+        lambda values: _mean(values.sum(1), False)[1],
+        lambda values: rtol * abs(offset + float(values.sum(1).mean())),
+        first=_PILOT,
+        samples=samples,
+        most=max_matvecs,
+        instead=size if size <= max_matvecs else None,
+    )
+    if run.dear:
+        return _outright(op, groups, len(run.values))
+    require_finite(run.values.sum().cpu(), "trace")
+    notes = run.notes("sign vectors", "max_samples")
+    return GroupTraces(run.values, tuple(groups), False, len(run.values), not notes, notes)
 
 
 def _forms(op: LinearOperator, groups: Mapping[str, slice], count: int, generator: torch.Generator) -> Tensor:
