@@ -15,6 +15,9 @@ from flatkern.operators import LinearOperator, hessian
 
 __all__ = ["residual_operator"]
 
+_LARGE = 100_000
+"""Entries above which vectors go one by one: trying which block is faster would cost as much as tens of products."""
+
 
 def residual_operator(
     model: nn.Module,
@@ -36,9 +39,12 @@ def residual_operator(
             slope = output_gradient(loss, output.detach(), target)
         return (output * slope).sum()
 
+    named = dict(model.named_parameters())
+    large = sum(named[name].numel() for name in params) > _LARGE
     linearized.__name__ = f"residual of {loss.name}"
     op = hessian(
         model, linearized, data,
         params=list(params), reduction="sum", forward=forward, max_memory=max_memory, mode="kept",
+        block_size=1 if large else None,
     )  # fmt: skip
     return op * (1.0 / denominator)

@@ -14,7 +14,8 @@ from flatkern.operators.base import LinearOperator
 
 __all__ = ["GroupTraces", "group_traces"]
 
-_PILOT = 16
+_PILOT = 8
+_SMALL = 32
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def group_traces(
     Args:
         op: square.
         groups: entries by name; together all of them, each once.
-        rtol: aim at stderr ≤ rtol · |offset + trace|; 16 vectors tell how many are needed, and count;
+        rtol: aim at stderr ≤ rtol · |offset + trace|; 8 vectors tell how many are needed, and count;
             the spread is looked at again up to three times.
         offset: something exact that the trace is to be added to.
         samples: number of vectors instead, at least 2.
@@ -77,7 +78,7 @@ def group_traces(
         A :class:`GroupTraces`; exact where that takes no more products.
     """
     size = op.shape[0]
-    if size <= min(samples or 2 * _PILOT, max_matvecs):
+    if size <= min(samples or _SMALL, max_matvecs):
         return _outright(op, groups, 0)
     run = in_rounds(
         lambda _, count: _forms(op, groups, count, generator),
