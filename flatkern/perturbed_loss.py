@@ -102,7 +102,10 @@ class PerturbedLoss:
     def _pass(self, delta: Tensor | None, *, with_gradient: bool) -> tuple[float, Tensor | None]:
         leaf = self.theta.clone() if delta is None else self.theta + delta.to(self.theta)
         leaf.requires_grad_(with_gradient)
-        tensors = {f"model.{name}": value for name, value in self.layout.unflatten(leaf).items()}
+        tensors = {
+            f"model.{name}": value.to(self.parameters[name].dtype)
+            for name, value in self.layout.unflatten(leaf).items()
+        }
         total = weight = 0.0
         n = 0
         sums: Tensor | None = None
