@@ -134,7 +134,10 @@ def adaptive_sharpness(
             elif kind == "worst":
                 found = find_worst(loss, rho, base, steps, restarts)
             else:
-                control = None if control_variate is False else make_control(model, loss_fn, data, loss, same)
+                control = None
+                if control_variate is not False:
+                    forced = control_variate is True
+                    control = make_control(model, loss_fn, data, loss, same, forced=forced)
                 if isinstance(control, str) and control_variate:
                     raise ValueError(f"control_variate: not possible here: {control}")
                 found = finite_average(
