@@ -15,10 +15,11 @@ from flatkern.adaptive_result import AdaptiveSharpness, Kind
 from flatkern.adaptive_worst import expansion, find_worst
 from flatkern.estimators.common import check_count, check_positive, make_generator
 from flatkern.hessian_parts import EXACT_UP_TO, hessian_parts
+from flatkern.left_as_found import left_as_found
 from flatkern.linearize import Forward, budget
 from flatkern.losses import Reduction
 from flatkern.perturbed_loss import PerturbedLoss
-from flatkern.problem import ParameterSelection, differentiation
+from flatkern.problem import ParameterSelection, check_model, differentiation
 
 __all__ = ["AdaptiveSharpness", "adaptive_sharpness"]
 
@@ -118,26 +119,31 @@ def adaptive_sharpness(
     same: dict[str, Any] = {
         "params": params, "reduction": reduction, "forward": forward, "max_memory": limit
     }  # fmt: skip
-    if kind == "average" and rho is None:
-        parts = hessian_parts(model, loss_fn, data, **same, max_columns=EXACT_UP_TO)
-        found = infinitesimal_average(parts, goal, samples, max_samples, source)
-        if not per_layer:
-            found = replace(found, per_layer=None, per_layer_stderr=None)
-    else:
-        loss = PerturbedLoss(model, loss_fn, data, **same)
-        base = seed if seed is not None else int(torch.randint(1 << 62, (), generator=source))
-        if rho is None:
-            found = expansion(model, loss_fn, data, loss, same, source)
-        elif kind == "worst":
-            found = find_worst(loss, rho, base, steps, restarts)
+    check_model(model)
+    with left_as_found(model, data):
+        if kind == "average" and rho is None:
+            parts = hessian_parts(model, loss_fn, data, **same, max_columns=EXACT_UP_TO)
+            found = infinitesimal_average(parts, goal, samples, max_samples, source)
+            if not per_layer:
+                found = replace(found, per_layer=None, per_layer_stderr=None)
         else:
-            control = None if control_variate is False else make_control(model, loss_fn, data, loss, same)
-            if isinstance(control, str) and control_variate:
-                raise ValueError(f"control_variate: not possible here: {control}")
-            found = finite_average(
-                loss, rho, base, control if isinstance(control, Control) else None,
-                forced=control_variate is True, rtol=goal, samples=samples, max_samples=max_samples,
-            )  # fmt: skip
+            loss = PerturbedLoss(model, loss_fn, data, **same)
+            base = seed if seed is not None else int(torch.randint(1 << 62, (), generator=source))
+            if rho is None:
+                found = expansion(model, loss_fn, data, loss, same, source)
+            elif kind == "worst":
+                found = find_worst(loss, rho, base, steps, restarts)
+            else:
+                control = None
+                if control_variate is not False:
+                    forced = control_variate is True
+                    control = make_control(model, loss_fn, data, loss, same, forced=forced)
+                if isinstance(control, str) and control_variate:
+                    raise ValueError(f"control_variate: not possible here: {control}")
+                found = finite_average(
+                    loss, rho, base, control if isinstance(control, Control) else None,
+                    forced=control_variate is True, rtol=goal, samples=samples, max_samples=max_samples,
+                )  # fmt: skip
     if not math.isfinite(found.value):
         raise ValueError("model: the loss overflows or is NaN near this θ; take a smaller rho or float64")
     return replace(found, seconds=time.perf_counter() - started)

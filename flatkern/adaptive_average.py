@@ -13,7 +13,7 @@ from flatkern.adaptive_result import AdaptiveSharpness
 from flatkern.diagonal_traces import diagonal_traces
 from flatkern.estimators.rounds import in_rounds
 from flatkern.ggn_entries import ggn_diagonal
-from flatkern.hessian_parts import HessianParts, why_no_split
+from flatkern.hessian_parts import EXACT_UP_TO, HessianParts, why_no_split
 from flatkern.operators import ggn
 from flatkern.perturbed_loss import PerturbedLoss
 
@@ -61,13 +61,23 @@ class Control:
 
 
 def make_control(
-    model: nn.Module, loss_fn: object, data: Any, loss: PerturbedLoss, same: dict[str, Any]
+    model: nn.Module,
+    loss_fn: object,
+    data: Any,
+    loss: PerturbedLoss,
+    same: dict[str, Any],
+    *,
+    forced: bool,
 ) -> Control | str:
     """The control variate, or why there is none.
 
-    ``same``: ``params``, ``reduction``, ``forward`` and ``max_memory`` of the call.
+    ``same``: ``params``, ``reduction``, ``forward`` and ``max_memory`` of the call. Unless ``forced`` it is not made
+    where its mean would take more than 64 cotangents a sample.
     """
-    obstacle = why_no_split(model, loss_fn, data, same["reduction"], same["forward"], same["max_memory"])
+    obstacle = why_no_split(
+        model, loss_fn, data, same["reduction"], same["forward"], same["max_memory"],
+        None if forced else EXACT_UP_TO,
+    )  # fmt: skip
     if obstacle is not None:
         return obstacle.reason
     entries = ggn_diagonal(model, loss_fn, data, **same)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from flatkern.estimators import Diagonal, diagonal
 from flatkern.estimators.common import check_count, check_positive, make_generator
 from flatkern.hessian_parts import hessian_parts
+from flatkern.left_as_found import left_as_found
 from flatkern.linearize import Forward, budget
 from flatkern.losses import Reduction
 from flatkern.operators import LinearOperator
-from flatkern.problem import Layout, ParameterSelection, differentiation
+from flatkern.problem import Layout, ParameterSelection, check_model, differentiation
 
 __all__ = ["HessianDiagonal", "hessian_diagonal"]
 
@@ -132,21 +133,28 @@ def hessian_diagonal(
         if rtol is not None:
             raise ValueError("rtol: give either rtol or samples; with samples there is no pilot")
     source = make_generator(seed, generator, torch.device("cpu"))
-    parts = hessian_parts(
-        model, loss_fn, data, params=params, reduction=reduction, forward=forward, max_memory=limit
-    )
-    values, stderr = parts.ggn.clone(), torch.zeros_like(parts.ggn)
+    check_model(model)
     found: Diagonal | None = None
-    if parts.unproven:
-        op = parts.operator()
-        if parts.split:
-            found = _residual(op, parts.ggn, parts.columns, rtol, samples, max_matvecs, limit, source)
-        else:
-            found = diagonal(
-                op, rtol=rtol, samples=samples, max_matvecs=max_matvecs, max_memory=limit, generator=source
-            )
-        values[parts.columns] += found.values
-        stderr[parts.columns] = found.stderr
+    with left_as_found(model, data):
+        parts = hessian_parts(
+            model, loss_fn, data, params=params, reduction=reduction, forward=forward, max_memory=limit
+        )
+        values, stderr = parts.ggn.clone(), torch.zeros_like(parts.ggn)
+        if parts.unproven:
+            op = parts.operator()
+            if parts.split:
+                found = _residual(op, parts.ggn, parts.columns, rtol, samples, max_matvecs, limit, source)
+            else:
+                found = diagonal(
+                    op,
+                    rtol=rtol,
+                    samples=samples,
+                    max_matvecs=max_matvecs,
+                    max_memory=limit,
+                    generator=source,
+                )
+            values[parts.columns] += found.values
+            stderr[parts.columns] = found.stderr
     result = HessianDiagonal(
         values=values,
         stderr=stderr,

@@ -102,8 +102,12 @@ class PerturbedLoss:
     def _pass(self, delta: Tensor | None, *, with_gradient: bool) -> tuple[float, Tensor | None]:
         leaf = self.theta.clone() if delta is None else self.theta + delta.to(self.theta)
         leaf.requires_grad_(with_gradient)
-        tensors = {f"model.{name}": value for name, value in self.layout.unflatten(leaf).items()}
-        total = weight = 0.0
+        tensors = {
+            f"model.{name}": value.to(self.parameters[name].dtype)
+            for name, value in self.layout.unflatten(leaf).items()
+        }
+        total: Tensor | float = 0.0  # read once a pass
+        weight: Tensor | float = 0.0
         n = 0
         sums: Tensor | None = None
         gradient = torch.zeros_like(self.theta) if with_gradient else None
@@ -119,8 +123,8 @@ class PerturbedLoss:
                     numerator = self._loss.numerator(output, y)
                     if self._seen is None:
                         self._check_loss(output.detach(), y)
-                    total += float(numerator.detach())
-                    weight += float(self._loss.weight(output.detach(), y))
+                    total = total + numerator.detach().double()
+                    weight = weight + self._loss.weight(output.detach(), y)
                     n += len(output)
                     if gradient is not None:
                         gradient += torch.autograd.grad(numerator, leaf, retain_graph=False)[0]
@@ -129,7 +133,7 @@ class PerturbedLoss:
         self._same_data(sums)
         self.num_data = n
         self.denominator = self._loss.denominator(weight)
-        return total / self.denominator, None if gradient is None else gradient / self.denominator
+        return float(total) / self.denominator, None if gradient is None else gradient / self.denominator
 
     def _output(self, tensors: Mapping[str, Tensor], part: Any) -> tuple[Tensor, Any]:
         with preserve_state(self._model):

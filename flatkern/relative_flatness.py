@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from flatkern.estimators.common import check_count, check_positive, make_generator
+from flatkern.left_as_found import left_as_found
 from flatkern.linearize import Forward, budget
 from flatkern.losses import Reduction
 from flatkern.problem import check_model, differentiation
@@ -87,12 +88,13 @@ def relative_flatness(
     check_count(max_samples, "max_samples", least=2)
     if samples is not None:
         check_count(samples, "samples", least=2)
-    problem = LayerProblem(
-        model, loss_fn, data, reduction, forward, budget(max_memory), layer,
-        rtol=rtol or DEFAULT_RTOL, samples=samples, max_samples=max_samples,
-        generator=make_generator(seed, generator, torch.device("cpu")),
-    )  # fmt: skip
-    found = problem.measure()
+    with left_as_found(model, data):
+        problem = LayerProblem(
+            model, loss_fn, data, reduction, forward, budget(max_memory), layer,
+            rtol=rtol or DEFAULT_RTOL, samples=samples, max_samples=max_samples,
+            generator=make_generator(seed, generator, torch.device("cpu")),
+        )  # fmt: skip
+        found = problem.measure()
     if not math.isfinite(found.value):
         raise ValueError("model: the gradients overflow or are NaN at this θ; measure in float64")
     return replace(found, seconds=time.perf_counter() - started)

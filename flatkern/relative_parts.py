@@ -151,7 +151,7 @@ class LayerProblem:
         rows = GradientRows(
             self._model, self._rows, self._parameters, roots, forward=self._rows.forward, cotangents=1
         )
-        for chunk in rows.chunks(self._limit):
+        for chunk in rows.chunks(self._limit // 3):  # the form takes some float64 copies of the output
             terms = chunk.gradients.terms.get(self._name, [])
             if len(terms) != 1 or not is_output(chunk.lin, self._name):
                 return None  # another batch takes another way

@@ -182,6 +182,20 @@ def test_small_steps_of_a_smooth_network_give_the_limit_and_the_control_variate_
     assert small_step.stderr < 0.6 * plain.stderr
 
 
+def test_finite_steps_see_kinks_that_the_limit_does_not():
+    model = nn.Sequential(nn.Linear(1, 1), nn.ReLU()).double()
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+        model[0].bias.fill_(-1.0)
+    data = (torch.ones(1, 1).double(), -torch.ones(1, 1).double())  # z = 0: right at the kink
+    loss = lambda f, t: (f - t).sum()  # noqa: E731
+    limit = fk.adaptive_sharpness(model, loss, data, reduction="sum")
+    assert limit.value == 0
+    for rho in (0.1, 0.01):  # E relu(ρ√2 v) = ρ√2/√(2π), over ρ²
+        got = fk.adaptive_sharpness(model, loss, data, reduction="sum", rho=rho, samples=300, seed=0)
+        assert abs(got.value - 1 / (rho * torch.pi**0.5)) < 4.5 * got.stderr
+
+
 def test_it_is_drawn_to_a_tolerance_with_common_random_numbers():
     model, x, y = trained(nn.Tanh)
     got = fk.adaptive_sharpness(model, CE, (x, y), rho=0.1, rtol=0.05, seed=0)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import flatkern as fk
-from flatkern.flatness_report import QUANTITIES
+from flatkern.flatness_measures import QUANTITIES
 from flatkern.gradient_gram import parameter_gradients
 from flatkern.linearize import linearizations
 from flatkern.losses import TokenCrossEntropyLoss
@@ -274,3 +276,45 @@ def test_bad_arguments():
         fk.flatness(model, loss, (broken, data[1]))
     with pytest.raises(ValueError, match="output and loss are needed apart"):
         fk.flatness(model, None, data, forward=lambda m, b: m(b[0]).sum(), reduction="mean")
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_loaders_are_read_and_left_as_found(shuffle):
+    model, x = networks()["mlp tanh"]
+    y = torch.arange(len(x)) % 3
+    loss, source = nn.CrossEntropyLoss(), torch.Generator().manual_seed(3)
+    for generator in (source, None):
+        loader = DataLoader(TensorDataset(x, y), batch_size=3, shuffle=shuffle, generator=generator)
+        for measure in (fk.hessian_diagonal, fk.adaptive_sharpness, fk.relative_flatness, fk.flatness):
+            if shuffle and generator is None and measure is not fk.flatness:
+                continue  # another order in every pass, which is refused where the order matters
+            before = torch.get_rng_state(), source.get_state()
+            got = measure(model, loss, loader, seed=0)
+            assert torch.equal(before[0], torch.get_rng_state())
+            assert torch.equal(before[1], source.get_state())
+            want = measure(model, loss, (x, y), seed=0)
+            if measure is fk.flatness:
+                assert got["ggn_trace"].value == pytest.approx(want["ggn_trace"].value)
+            elif measure is fk.hessian_diagonal:
+                torch.testing.assert_close(got.ggn, want.ggn)
+            else:
+                assert abs(got.value - want.value) <= 1e-9 + 6 * (got.stderr + want.stderr)
+
+
+def test_mixed_precision_parameters_in_perturbed_losses():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2).double()
+
+        def forward(self, x):
+            return self.b(self.a(x).double())
+
+    model = Mixed()
+    data = torch.randn(5, 3), torch.randn(5, 2).double()
+    got = fk.adaptive_sharpness(model, nn.MSELoss(), data, rho=0.1, samples=20, control_variate=False, seed=0)
+    want = fk.adaptive_sharpness(
+        copy.deepcopy(model).double(), nn.MSELoss(), (data[0].double(), data[1]),
+        rho=0.1, samples=20, control_variate=False, seed=0,
+    )  # fmt: skip
+    assert got.value == pytest.approx(want.value, rel=1e-2, abs=3e-4)
