@@ -17,6 +17,7 @@ from flatkern.linearize import budget
 from flatkern.monitor.point import Extra, Point
 from flatkern.monitor.probe import choose_probe
 from flatkern.monitor.record import Record
+from flatkern.monitor.running_loss import RunningLoss
 from flatkern.monitor.scalars import Scalars
 from flatkern.monitor.schedule import Clock, Schedule
 from flatkern.monitor.undisturbed import bare, undisturbed
@@ -26,8 +27,6 @@ from flatkern.rows import Row, write_rows
 __all__ = ["Monitor"]
 
 _FIGURES = (".png", ".svg", ".pdf")
-_PENDING = 1000
-"""Losses kept on a device before they are added up, which waits for it."""
 
 
 class Monitor:
@@ -143,8 +142,7 @@ class Monitor:
         self._step = self._record.last_step or 0
         self._clock.restore(*_times(self._record.rows))
         self._running = False
-        self._loss_sum, self._losses = 0.0, 0
-        self._pending: list[Tensor] = []
+        self._loss = RunningLoss()
 
     @property
     def history(self) -> list[Row]:
@@ -179,7 +177,7 @@ class Monitor:
             dropped = self._record.rewind(_count(step, "step"))
             if dropped or step != self._step:
                 self._clock.restore(*_times(self._record.rows))
-                self._forget_losses()
+                self._loss = RunningLoss()
             self._step = step
         self._scalars.start(self._step)
         self._running = True
@@ -201,7 +199,7 @@ class Monitor:
             )
         self._step = self._step + 1 if at is None else _count(at, "at")
         if loss is not None:
-            self._add_loss(loss)
+            self._loss.add(loss)
         if self._schedule.due(self._step) and self._clock.affordable():
             return self._measure(tolerant=True)
         return None
@@ -242,10 +240,9 @@ class Monitor:
             "measure_seconds": took,
             "probe": self._fingerprint,
         }
-        self._fold_losses()
-        if self._losses:
-            row["train_loss"] = self._loss_sum / self._losses
-        self._forget_losses()
+        if self._loss.count:
+            row["train_loss"] = self._loss.total / self._loss.count
+        self._loss = RunningLoss()
         row |= values
         self._record.append(row)
         self._scalars.write(row)
@@ -277,7 +274,6 @@ class Monitor:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue, as plain numbers and lists; put it into the training's checkpoint."""
-        self._fold_losses()
         return {
             "version": 1,
             "step": self._step,
@@ -285,8 +281,8 @@ class Monitor:
             "rows": self.history,
             "training_seconds": self._clock.training,
             "measuring_seconds": self._clock.measuring,
-            "loss_sum": self._loss_sum,
-            "losses": self._losses,
+            "loss_sum": self._loss.total,
+            "losses": self._loss.count,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -300,8 +296,7 @@ class Monitor:
             self._record.replace(rows)
         self._step = int(state["step"])
         self._clock.restore(state["training_seconds"], state["measuring_seconds"], _times(rows)[2])
-        self._pending.clear()
-        self._loss_sum, self._losses = float(state.get("loss_sum", 0.0)), int(state.get("losses", 0))
+        self._loss = RunningLoss(float(state.get("loss_sum", 0.0)), int(state.get("losses", 0)))
 
     def plot(self) -> Any:
         """The six panels as a matplotlib figure; bands are one standard error of the mean over the probe samples.
@@ -326,33 +321,6 @@ class Monitor:
             raise ValueError(
                 f"path: {target.name!r} must end in .csv, .jsonl, .json (rows), {', '.join(_FIGURES)} (panels)"
             )
-
-    def _add_loss(self, loss: Tensor | float) -> None:
-        """Called at every step: on the CPU nothing but reading the number, elsewhere no waiting for it."""
-        self._losses += 1
-        if not isinstance(loss, Tensor):
-            self._loss_sum += loss
-            return
-        try:
-            if loss.is_cpu:
-                self._loss_sum += loss.item()
-                return
-            self._pending.append(loss.detach().clone().reshape(()))
-        except RuntimeError:
-            self._losses -= 1
-            raise ValueError(f"loss: expected a scalar, got shape {tuple(loss.shape)}") from None
-        if len(self._pending) == _PENDING:
-            self._fold_losses()
-
-    def _fold_losses(self) -> None:
-        if self._pending:
-            self._loss_sum += float(torch.stack(self._pending).float().sum())
-            self._pending.clear()
-
-    def _forget_losses(self) -> None:
-        self._loss_sum = 0.0
-        self._losses = 0
-        self._pending.clear()
 
     def _check_probe(self, rows: Sequence[Mapping[str, Any]], where: str) -> None:
         other = {str(row.get("probe")) for row in rows} - {self._fingerprint}

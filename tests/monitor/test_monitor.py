@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import flatkern as fk
+from flatkern.monitor import running_loss
 from flatkern.report.curves import panels_of, six_panels
 from flatkern.rows import read_rows
 from tests.monitor.training import LOSS, X, Y, mlp, train
@@ -72,14 +73,12 @@ class Elsewhere(torch.Tensor):
 
 
 def test_losses_on_a_device_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    import flatkern.monitor.monitor as module
-
-    monkeypatch.setattr(module, "_PENDING", 3)
+    monkeypatch.setattr(running_loss, "PENDING", 3)
     m = fk.Monitor(mlp(), X, every=8).start()
     losses = [torch.tensor(float(k)).as_subclass(Elsewhere) for k in range(8)]
     for k, loss in enumerate(losses[:4]):
         m.step(loss)
-        assert len(m._pending) == (k + 1) % 3
+        assert len(m._loss._pending) == (k + 1) % 3
         loss.zero_()  # a copy was kept
     assert m.state_dict()["loss_sum"] == 0 + 1 + 2 + 3
     for loss in losses[4:]:
@@ -97,7 +96,7 @@ def test_the_model_called_another_way() -> None:
             return {"logits": self.net(pixels)}
 
     model = Named()
-    options: dict[str, Any] = {"layers": "net.2", "params": ["net.0.*"]}
+    options: dict[str, Any] = {"layers": "net.2", "params": ["net.0.*"], "bounds": True}
     row = fk.Monitor(
         model, X, Y, LOSS, samples=60, forward=lambda m, x: m(pixels=x)["logits"], **options
     ).start().history[0]  # fmt: skip
@@ -105,6 +104,7 @@ def test_the_model_called_another_way() -> None:
     assert row["nmls"] == pytest.approx(g.nmls.value, rel=1e-6)
     assert row["sharpness"] == pytest.approx(g.sharpness.value, rel=1e-6)
     assert row["probe_loss"] == pytest.approx(LOSS(model.net(X), Y).item(), rel=1e-6)
+    assert row["log10_mls_a"] == pytest.approx(math.log10(g.mls.value), rel=1e-5)
 
 
 def test_fewer_than_three_outputs() -> None:
