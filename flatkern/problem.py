@@ -110,7 +110,7 @@ class Layout:
             raise ValueError(f"vector: expected [{self.size}] or [k, {self.size}], got {tuple(vector.shape)}")
         lead = vector.shape[:-1]
         return {
-            name: vector[..., self.slices[name]].reshape(*lead, *self.shapes[name]) for name in self.names
+            name: vector[..., self.slices[name]].reshape((*lead, *self.shapes[name])) for name in self.names
         }
 
 

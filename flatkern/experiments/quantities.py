@@ -129,6 +129,25 @@ _ALL = (
         "λ₁(∂²L/∂θ²)",
         "Largest eigenvalue of the Hessian of the loss; what edge-of-stability work calls sharpness.",
     ),
+    Quantity("gradient_norm", "gradient norm", "‖∇L‖₂", "Norm of the gradient of the loss."),
+    Quantity(
+        "fisher_trace",
+        "Tr empirical Fisher",
+        "Σᵢ ‖∂ℓᵢ/∂θ‖² / n",
+        "Trace of the empirical Fisher matrix: the samples' squared gradient norms over what the loss divides by.",
+    ),
+    Quantity(
+        "adaptive_sharpness",
+        "adaptive sharpness",
+        "½ Σₖ θₖ² Hₖₖ",
+        "Curvature in units of each weight's own size: how the loss rises on average under small relative changes.",
+    ),
+    Quantity(
+        "relative_flatness",
+        "relative flatness",
+        "Σ ⟨w_c, w_c'⟩ Tr H_cc'",
+        "Curvature of the last dense layer weighed by its own weights; rescaling the layers does not change it.",
+    ),
     Quantity(
         "gradient_norms",
         "gradient norms",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,12 @@ from flatkern.rows import Row
 
 __all__ = ["Entry", "Measured", "choose_inputs", "measure_problem"]
 
+_OF_THE_LOSS = (
+    "gradient_norm", "gradient_norms", "fisher_trace", "ggn_trace", "hessian_trace", "max_eigenvalue",
+    "adaptive_sharpness", "relative_flatness",
+)  # fmt: skip
+"""Of :func:`flatkern.flatness`, without the loss (which is there already) and S (which the geometry has)."""
+_RTOL = 0.01
 _REFUSALS = (ValueError, TypeError, RuntimeError, NotImplementedError)
 """What a quantity raises where a model or loss does not have it; the others are measured all the same."""
 
@@ -73,7 +79,10 @@ def measure_problem(problem: Problem, x: Tensor, seed: int) -> Measured:
     started = time.perf_counter()
     loss = _loss(problem)
     flatness = [Entry("loss", loss, method="exact", seconds=time.perf_counter() - started)]
-    flatness += loss_flatness(problem, seed)
+    try:
+        flatness += loss_flatness(problem, seed)
+    except _REFUSALS as error:
+        flatness.append(Entry("hessian_trace", math.nan, problem=" ".join(str(error).split())))
     geometry: list[Entry] = []
     bounds, row, notes = None, Row(), tuple[str, ...]()
     try:
@@ -100,16 +109,30 @@ def choose_inputs(problem: Problem, samples: int, seed: int) -> Tensor:
 
 
 def loss_flatness(problem: Problem, seed: int) -> list[Entry]:
-    """The quantities of the loss, each by its own function."""
-    model, loss_fn, data = problem.model, problem.loss_fn, problem.data
-    common = {"params": problem.params, "reduction": problem.reduction}
-    ways: dict[str, Callable[[], object]] = {
-        "ggn_trace": lambda: fk.ggn_trace(model, loss_fn, data, seed=seed, **common),
-        "hessian_trace": lambda: fk.hessian_trace(model, loss_fn, data, seed=seed, **common),
-        "max_eigenvalue": lambda: fk.max_eigenvalue(model, loss_fn, data, seed=seed, **common),
-        "gradient_norms": lambda: fk.gradient_norms(model, loss_fn, data, **common),
-    }
-    return [_entry(key, way) for key, way in ways.items()]
+    """The quantities of the loss, from one call that shares its passes."""
+    table = fk.flatness(
+        problem.model,
+        problem.loss_fn,
+        problem.data,
+        quantities=_OF_THE_LOSS,
+        params=problem.params,
+        reduction=problem.reduction,
+        rtol=_RTOL,
+        seed=seed,
+    )
+    return [
+        Entry(
+            m.name,
+            math.nan if m.value is None else m.value,
+            m.stderr,
+            m.sample_stderr,
+            m.error_bound,
+            m.method,
+            m.seconds,
+            m.reason,
+        )
+        for m in table.measures.values()
+    ]
 
 
 def geometry_entries(g: fk.Geometry) -> list[Entry]:
@@ -124,15 +147,6 @@ def geometry_entries(g: fk.Geometry) -> list[Entry]:
         ("local_dimensionality", g.local_dimensionality),
     )
     return [_of_result(key, result, g.seconds) for key, result in found if result is not None]
-
-
-def _entry(key: str, way: Callable[[], object]) -> Entry:
-    begun = time.perf_counter()
-    try:
-        result = way()
-    except _REFUSALS as error:
-        return Entry(key, math.nan, problem=" ".join(str(error).split()))
-    return _of_result(key, result, time.perf_counter() - begun)
 
 
 def _of_result(key: str, result: object, seconds: float) -> Entry:
