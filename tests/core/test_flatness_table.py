@@ -77,7 +77,21 @@ def test_values_are_those_of_the_single_functions(name, loss):
     assert got["fisher_trace"].value == pytest.approx(float(fisher)), scale
 
 
-@pytest.mark.parametrize("name", NAMES + RULE_NAMES)
+OFTEN = (
+    "mlp tanh",
+    "vgg",
+    "weight norm",
+    "attention",
+    "tokens",
+    "sequence first",
+    "gpt tied",
+    "direct",
+    "frames",
+)
+SOME = [n if n in OFTEN else pytest.param(n, marks=pytest.mark.slow) for n in NAMES + RULE_NAMES]
+
+
+@pytest.mark.parametrize("name", SOME)
 def test_the_shared_pass_on_all_architectures(name):
     model, x = ALL[name]
     y = torch.rand_like(model(x.clone()).detach())
