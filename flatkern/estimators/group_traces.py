@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from flatkern.estimators.common import rademacher, require_finite, rows_per_block
+from flatkern.estimators.common import require_finite, rows_per_block
+from flatkern.estimators.probes import Probes
 from flatkern.estimators.rounds import in_rounds
 from flatkern.operators.base import LinearOperator
 
@@ -80,8 +81,9 @@ def group_traces(
     size = op.shape[0]
     if size <= min(samples or _SMALL, max_matvecs):
         return _outright(op, groups, 0)
+    probes = Probes(op, generator)
     run = in_rounds(
-        lambda _, count: _forms(op, groups, count, generator),
+        lambda _, count: _forms(op, groups, count, probes),
         lambda values: _mean(values.sum(1), False)[1],
         lambda values: rtol * abs(offset + float(values.sum(1).mean())),
         first=_PILOT,
@@ -96,11 +98,11 @@ def group_traces(
     return GroupTraces(run.values, tuple(groups), False, len(run.values), not notes, notes)
 
 
-def _forms(op: LinearOperator, groups: Mapping[str, slice], count: int, generator: torch.Generator) -> Tensor:
+def _forms(op: LinearOperator, groups: Mapping[str, slice], count: int, probes: Probes) -> Tensor:
     parts = []
     step = rows_per_block(op)
     for start in range(0, count, step):
-        rows = rademacher(min(step, count - start), op, generator)
+        rows = probes.signs(min(step, count - start))
         entries = rows * (op @ rows.mT).mT
         parts.append(torch.stack([entries[:, s].sum(1, dtype=torch.float64) for s in groups.values()], 1))
     return torch.cat(parts)

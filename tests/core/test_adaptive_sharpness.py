@@ -56,7 +56,11 @@ def trained(act: type[nn.Module]) -> tuple[nn.Module, Tensor, Tensor]:
     return model, x, y
 
 
-@pytest.mark.parametrize("name", sorted(piecewise_affine()))
+OFTEN = ("relu mlp", "prelu", "siamese", "lora", "embedding", "linear attention", "scalar gate")
+SOME = [n if n in OFTEN else pytest.param(n, marks=pytest.mark.slow) for n in sorted(piecewise_affine())]
+
+
+@pytest.mark.parametrize("name", SOME)
 def test_the_limit_is_exact_in_piecewise_affine_networks(name):
     model, x = piecewise_affine()[name]
     model, x = model.double(), x.double() if x.is_floating_point() else x
@@ -99,7 +103,7 @@ def test_the_limits_error_bar_over_seeds():
     assert 0.75 < float(z.std()) < 1.45
 
 
-@pytest.mark.parametrize("act", [nn.Identity, nn.Tanh])
+@pytest.mark.parametrize("act", [pytest.param(nn.Identity, marks=pytest.mark.slow), nn.Tanh])
 def test_many_outputs_are_drawn(act):
     torch.manual_seed(6)
     model = nn.Sequential(nn.Linear(4, 6), act(), nn.Linear(6, 70)).double()
@@ -146,8 +150,10 @@ def brute_force(model: nn.Module, x: Tensor, y: Tensor, rho: float, count: int) 
     return float(values.mean()), float(values.std()) / count**0.5
 
 
-@pytest.mark.parametrize(("act", "rho"), [(nn.Tanh, 0.3), (nn.ReLU, 0.5), (nn.SiLU, 1.0)])
-@pytest.mark.parametrize("control", [True, False])
+@pytest.mark.parametrize(
+    ("act", "rho", "control"),
+    [(nn.Tanh, 0.3, True), (nn.ReLU, 0.5, True), (nn.SiLU, 1.0, False)],
+)
 def test_a_finite_average_is_that_of_brute_force(act, rho, control):
     model, x, y = trained(act)
     want, error = brute_force(model, x, y, rho, 20_000)
@@ -158,6 +164,7 @@ def test_a_finite_average_is_that_of_brute_force(act, rho, control):
     assert got.dof == 149
 
 
+@pytest.mark.slow
 def test_a_finite_average_is_unbiased_with_an_error_bar_that_covers():
     model, x, y = trained(nn.Tanh)
     rho = 0.2

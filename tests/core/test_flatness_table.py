@@ -77,7 +77,21 @@ def test_values_are_those_of_the_single_functions(name, loss):
     assert got["fisher_trace"].value == pytest.approx(float(fisher)), scale
 
 
-@pytest.mark.parametrize("name", NAMES + RULE_NAMES)
+OFTEN = (
+    "mlp tanh",
+    "vgg",
+    "weight norm",
+    "attention",
+    "tokens",
+    "sequence first",
+    "gpt tied",
+    "direct",
+    "frames",
+)
+SOME = [n if n in OFTEN else pytest.param(n, marks=pytest.mark.slow) for n in NAMES + RULE_NAMES]
+
+
+@pytest.mark.parametrize("name", SOME)
 def test_the_shared_pass_on_all_architectures(name):
     model, x = ALL[name]
     y = torch.rand_like(model(x.clone()).detach())
@@ -286,19 +300,24 @@ def test_loaders_are_read_and_left_as_found(shuffle):
     for generator in (source, None):
         loader = DataLoader(TensorDataset(x, y), batch_size=3, shuffle=shuffle, generator=generator)
         for measure in (fk.hessian_diagonal, fk.adaptive_sharpness, fk.relative_flatness, fk.flatness):
+            few = (
+                {"samples": 4}
+                if measure is not fk.flatness
+                else {"quantities": ["ggn_trace", "max_eigenvalue"]}
+            )
             if shuffle and generator is None and measure is not fk.flatness:
                 continue  # another order in every pass, which is refused where the order matters
             before = torch.get_rng_state(), source.get_state()
-            got = measure(model, loss, loader, seed=0)
+            got = measure(model, loss, loader, seed=0, **few)
             assert torch.equal(before[0], torch.get_rng_state())
             assert torch.equal(before[1], source.get_state())
-            want = measure(model, loss, (x, y), seed=0)
+            want = measure(model, loss, (x, y), seed=0, **few)
             if measure is fk.flatness:
                 assert got["ggn_trace"].value == pytest.approx(want["ggn_trace"].value)
             elif measure is fk.hessian_diagonal:
                 torch.testing.assert_close(got.ggn, want.ggn)
             else:
-                assert abs(got.value - want.value) <= 1e-9 + 6 * (got.stderr + want.stderr)
+                assert abs(got.value - want.value) <= 1e-9 + 10 * (got.stderr + want.stderr)
 
 
 def test_mixed_precision_parameters_in_perturbed_losses():
