@@ -32,6 +32,9 @@ slower than a loop on a convolutional network at n = 100).
 """
 
 
+_SCRATCH_BYTES = 1 << 23
+
+
 @dataclass(frozen=True)
 class Linearization:
     """One forward pass on a chunk of samples, kept for pulling cotangents back."""
@@ -60,6 +63,12 @@ class Linearization:
     def n(self) -> int:
         """Number of samples in the chunk."""
         return len(self.output)
+
+    @property
+    def scratch(self) -> int:
+        """Bytes for temporaries of norms: on a CPU few, as chunks that stay in the cache are no slower."""
+        quarter = max(1, self.max_memory // 4)
+        return min(quarter, _SCRATCH_BYTES) if self.output.device.type == "cpu" else quarter
 
     @property
     def samples(self) -> slice:
@@ -130,6 +139,14 @@ def _probe(
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         run = _run(model, x, with_input, forward)
     return _Run(run.output, run.target, run.calls, run.input_edge, run.graph, sum(saved.values()))
+
+
+def _outline(model: nn.Module, x: Any, forward: Forward | None) -> _Run:
+    """A forward pass whose graph keeps no tensors: for its operations, their shapes, and the output's values."""
+    with saved_tensors_hooks(lambda tensor: None, lambda _: None):
+        run = _run(model, x, False, forward)
+    run.calls.clear()  # they hold the layers' inputs
+    return run
 
 
 def _misplaced(calls: Sequence[LayerCall], n: int) -> frozenset[str]:
@@ -257,14 +274,14 @@ class _Chunks:
         model, output = self._model, run.output.detach()
         with preserve_state(model):
             if n <= 2:  # another number of samples, to tell their axis from others
-                other = _run(model, take(self._x, [0, 1, 0]), False, self._forward)
-                first = _run(model, take(self._x, slice(0, 1)), False, self._forward).output
+                other = _outline(model, take(self._x, [0, 1, 0]), self._forward)
+                first = _outline(model, take(self._x, slice(0, 1)), self._forward).output
             else:
                 other, first = run, few.output
         _check_independence(first.detach(), output)
         if n > 2:  # what only flows forward along the batch never reaches its first samples
             with preserve_state(model):
-                last = _run(model, take(part, slice(n - 1, n)), False, self._forward).output
+                last = _outline(model, take(part, slice(n - 1, n)), self._forward).output
             _check_independence(last.detach(), output[-1:])
         self._layouts = compare_batches(few.graph, 2, other.graph, len(other.output))
         if self._layouts is not None:
