@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import flatkern as fk
-import flatkern.residual as residual_module
-from flatkern.changes import Draws
-from flatkern.residual import Chunk, Sites, Twice, linearize
+from flatkern.residual import Chunk, Sites, Twice, double_backward, linearize, sites
+from flatkern.residual.change import Draws
 from flatkern.sample_axis import sample_axes
 from tests.core.curved_networks import Lambda, piecewise_affine, smooth
 from tests.core.explicit_diagonals import hessian_diagonal
@@ -57,11 +56,12 @@ def truth(name: str) -> float:
 def test_sites_equal_double_backward(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, _ = problem(name)
     chunk, r = chunk_of(model, x)
-    sites, twice = Sites(chunk, r, local=False), Twice(chunk, r)
-    monkeypatch.setattr(residual_module, "Draws", Keyed)
+    ways = Sites(chunk, r, local=False), Twice(chunk, r)
+    for module in (sites, double_backward):
+        monkeypatch.setattr(module, "Draws", Keyed)
     for probe in range(3):
         Keyed.probe = probe
-        a, b = (e.draw(torch.Generator()) for e in (sites, twice))
+        a, b = (e.draw(torch.Generator()) for e in ways)
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 

@@ -1,9 +1,4 @@
-"""The residual Σ_i r_i·∇²f_i on a chunk of samples: what the Hessian's trace has beyond the Gauss-Newton part.
-
-Two ways to the quadratic form uᵀ∇²(r·f)u of one joint random change u at every entry (:mod:`flatkern.changes`):
-sites (:mod:`flatkern.tangents`), where every operation has a rule; and a double backward pass through the recorded
-operations, for all others, which also splits the value by layer.
-"""
+"""The residual by one tangent forward pass a probe: Σ over operations of ⟨ḡ, D²op[ẋ, ẋ]⟩."""
 
 from __future__ import annotations
 
@@ -11,88 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from flatkern.affine import Degree, degrees, hidden_parameters
-from flatkern.changes import Draws, Entry
-from flatkern.entries import find_entries
-from flatkern.problem import check_output, preserve_state
-from flatkern.sample_axis import SampleAxis, check_alike
-from flatkern.squared_norms import layer_of
-from flatkern.tangents import Elementwise, FixedStatistics, Linear, Rule, rule_for
-from flatkern.tape import Op, Tape, UnsupportedError, Value, record
+from flatkern.residual.change import Draws, Entry
+from flatkern.residual.chunk import Chunk
+from flatkern.residual.curved_rules import Elementwise
+from flatkern.residual.linear_rules import FixedStatistics, Linear
+from flatkern.residual.rule import Rule
+from flatkern.residual.rules import rule_for
+from flatkern.sample_axis import SampleAxis
+from flatkern.tape import Op, UnsupportedError
 
-__all__ = ["Chunk", "Sites", "Twice", "linearize"]
-
-
-@dataclass
-class Chunk:
-    """One recorded run."""
-
-    tape: Tape
-    output: Tensor
-    axes: dict[int, SampleAxis]
-    verdicts: dict[str, Degree]
-    entries: list[Entry]
-    refused: dict[str, str]
-    """Parameters that are neither proven nor understood."""
-
-    @property
-    def active_ops(self) -> tuple[list[Op], set[int]]:
-        """The operations a change reaches as far as autograd follows, and the values it reaches."""
-        entering = {id(e.op) for e in self.entries}
-        reached: set[int] = set()
-        ops = []
-        for op in self.tape.ops:
-            if id(op) in entering or any(v.index in reached for v in op.inputs):
-                live = [o.index for o in op.outputs if o is not None and o.differentiable]
-                if live:
-                    reached.update(live)
-                    ops.append(op)
-        return ops, reached
-
-
-def linearize(
-    model: nn.Module,
-    x: Tensor,
-    parameters: Mapping[str, Tensor],
-    small: Tape,
-    places: Mapping[int, tuple[int, bool]],
-) -> Chunk:
-    """Run the model on a chunk and find out what is proven and where the rest enters.
-
-    Raises:
-        UnsupportedError: the run cannot be represented, or differs from the small one.
-    """
-    n = len(x)
-    with preserve_state(model):
-        tape, output = record(model, x, parameters)
-    check_output(model, output, n)
-    check_alike(small, tape)
-    axes = {}
-    for index, (axis, innermost) in places.items():
-        shape = tape.values[index].tensor.shape
-        if axis < len(shape) and shape[axis] % n == 0:
-            axes[index] = SampleAxis(axis, innermost, n)
-    verdicts = degrees(output, parameters, hidden_parameters(tape))
-    wanted = frozenset(name for name, degree in verdicts.items() if not degree.proven)
-    _check_nodes(tape)
-    entries, refused = find_entries(tape, wanted, axes)
-    return Chunk(tape, output, axes, verdicts, entries, refused)
-
-
-def _check_nodes(tape: Tape) -> None:
-    # a custom autograd.Function has derivatives of its own, which its operations on the tape do not tell
-    seen = set()
-    stack = [tape.final.edge.node] if tape.final.edge is not None else []
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            raise UnsupportedError(f"the custom autograd function {node.name()}")
-        stack += [n for n, _ in node.next_functions if n is not None]
+__all__ = ["Sites"]
 
 
 class Sites:
@@ -290,56 +215,3 @@ class _Step:
                 if o.index in want_whole:
                     whole[o.index] = t
         return part
-
-
-class Twice:
-    """A second derivative along the change, by two backward passes through the recorded operations."""
-
-    per_layer = True
-    exact = False
-
-    def __init__(self, chunk: Chunk, residual: Tensor) -> None:
-        self._chunk, self._residual = chunk, residual
-        self._n = len(chunk.output)
-        self._ops, self._reached = chunk.active_ops
-        self._entry_of = {id(e.op): e for e in chunk.entries}
-        self.layers = tuple(dict.fromkeys(layer_of(e.names[0]) for e in chunk.entries))
-        self._final = chunk.tape.final.index
-        self._like = chunk.output.detach()
-        chunk.output = self._like  # its graph is not needed
-
-    def draw_layers(self, generator: torch.Generator) -> Tensor:
-        """One unbiased value a layer and sample, float64 [layers, n]; their expectations add up."""
-        draws = Draws(generator, self._like)
-        steps = torch.zeros(len(self.layers), self._n, dtype=self._like.dtype, device=self._like.device)
-        current: dict[int, Tensor] = {}
-
-        def moving(value: Value) -> Tensor:
-            return current.get(value.index, value.tensor)
-
-        with torch.enable_grad():
-            steps.requires_grad_()
-            for op in self._ops:
-                results = op.run(moving)
-                entry = self._entry_of.get(id(op))
-                if entry is not None:
-                    along = entry.change(draws, moving if entry.shared else (lambda v: v.tensor))
-                    step = steps[self.layers.index(layer_of(entry.names[0]))]
-                    rows = entry.axis.rows(along)
-                    moved = entry.axis.back(rows * step.reshape(-1, *[1] * (rows.ndim - 1)), along.shape)
-                    results = (results[0] + moved, *results[1:])
-                for out, tensor in zip(op.outputs, results, strict=False):
-                    if out is not None and out.index in self._reached:
-                        current[out.index] = tensor
-            output = current.get(self._final)
-            if output is None or not output.requires_grad:
-                return torch.zeros_like(steps, dtype=torch.float64)
-            (first,) = torch.autograd.grad(output, steps, self._residual, create_graph=True)
-            if not first.requires_grad:
-                return torch.zeros_like(steps, dtype=torch.float64)
-            (second,) = torch.autograd.grad(first.sum(), steps, allow_unused=True)
-        return torch.zeros_like(steps, dtype=torch.float64) if second is None else second.detach().double()
-
-    def draw(self, generator: torch.Generator) -> Tensor:
-        """One unbiased value a sample, float64 [n]."""
-        return self.draw_layers(generator).sum(0)
