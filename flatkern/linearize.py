@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge, saved_tensors_hooks
 
 from flatkern.capture import Coverage, LayerCall, match_parameters, record_calls
+from flatkern.chunk_plan import ChunkPlan, note
 from flatkern.graph import Graph, Layouts, compare_batches, first_with_samples, shapes_of
 from flatkern.placement import check_layouts, strays
 from flatkern.problem import DEFAULT_MAX_MEMORY, check_output, preserve_state
@@ -143,7 +144,8 @@ def _probe(
 
 def _outline(model: nn.Module, x: Any, forward: Forward | None) -> _Run:
     """A forward pass whose graph keeps no tensors: for its operations, their shapes, and the output's values."""
-    with saved_tensors_hooks(lambda tensor: None, lambda _: None):
+    nothing: Any = None
+    with saved_tensors_hooks(lambda _: nothing, lambda _: nothing):
         run = _run(model, x, False, forward)
     run.calls.clear()  # they hold the layers' inputs
     return run
@@ -219,21 +221,31 @@ class _Chunks:
                 self._few = _probe(model, take(x, slice(0, 2)), parameters, with_input, forward)
             self.ambiguous = _touched_by_others(self._few)
 
-    def size(self, cotangents: int | None, own_roots: bool, keep_cotangents: bool) -> int:
-        """How many samples at a time."""
+    def plan(self, cotangents: int | None, own_roots: bool, keep_cotangents: bool) -> ChunkPlan | None:
+        """How samples are chunked; ``None`` for a single one."""
         if self._few is None:
-            return self.n
+            return None
         few = self._few
-        calls, outputs = few.calls, few.output[0].numel()
+        inputs = [call.inputs.numel() for call in few.calls]
         widths = _widths(first_with_samples(few.graph, self._parameters, None)) or [0]
-        held = sum(widths) + (sum(c.inputs.numel() for c in calls) if self._with_input else 0)
-        count = outputs if cotangents is None else cotangents
-        entry = few.output.element_size()
-        widest = max(max(widths), max((c.inputs.numel() for c in calls), default=0))
-        kept = (count if self._with_input or keep_cotangents else 1) * (held // 2)
-        rooted = (3 * count if own_roots else 0) * outputs
-        per_sample = few.saved_bytes // 2 + entry * (2 * kept + 2 * widest + rooted)
-        return max(1, min(self.n, self._max_memory // max(per_sample, 1)))
+        outputs = few.output[0].numel()
+        kept = sum(widths) if keep_cotangents else 0
+        if self._with_input:
+            kept += sum(inputs)
+        return ChunkPlan(
+            max_memory=self._max_memory,
+            saved=few.saved_bytes // 2,
+            entry=few.output.element_size(),
+            outputs=outputs,
+            sites=sum(widths) // 2,
+            widest=max(*widths, few.output.numel()) // 2,
+            cotangents=outputs if cotangents is None else cotangents,
+            at_once=_together(few.output.device, self._max_memory),
+            roots=3 if own_roots else 0,
+            kept=kept // 2,
+            parameters=sum(p.numel() * p.element_size() for p in self._parameters.values()),
+            frugal=not (self._with_input or keep_cotangents),
+        )
 
     def linearize(self, start: int, stop: int) -> Linearization:
         """The chunk of these samples."""
@@ -317,11 +329,19 @@ def linearizations(
         ValueError: one sample's input rows alone exceed ``max_memory``; non-finite or random outputs.
     """
     chunks = _Chunks(model, x, parameters, with_input, max_memory, forward)
-    size = chunks.size(cotangents, own_roots, keep_cotangents)
+    plan = chunks.plan(cotangents, own_roots, keep_cotangents)
+    size = 1 if plan is None else plan.samples(chunks.n)
+    if plan is not None:
+        note(plan)
     for start in range(0, chunks.n, size):
         lin = chunks.linearize(start, min(start + size, chunks.n))
         yield lin
         del lin  # before the next chunk is linearized
+
+
+def _together(device: torch.device, max_memory: int) -> int:
+    """Bytes of the widest place up to which several cotangents go through one pass."""
+    return _CACHE_BYTES if device.type == "cpu" else max_memory // 16
 
 
 def pull_back(
@@ -339,7 +359,7 @@ def pull_back(
         Blocks are batched (one vectorized backward pass) while the work is small, single otherwise.
     """
     k = len(roots)
-    cache = _CACHE_BYTES if roots.device.type == "cpu" else lin.max_memory // 16
+    cache = _together(roots.device, lin.max_memory)
     block = max(1, min(k, cache // max(1, lin.widest * roots.element_size())))
     for start in range(0, k, block):
         part = roots[start : start + block]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flatkern.problem import preserve_state
+from flatkern.samples import count_samples, take
 from flatkern.tape import Tape, UnsupportedError, Value, record
 
 __all__ = ["SampleAxis", "footprint", "sample_axes"]
@@ -53,7 +55,11 @@ def footprint(tape: Tape) -> int:
 
 
 def sample_axes(
-    model: nn.Module, x: Tensor, parameters: Mapping[str, Tensor], few: int = FEW
+    model: nn.Module,
+    x: Any,
+    parameters: Mapping[str, Tensor],
+    forward: Callable[[nn.Module, Any], tuple[Tensor, Any]] | None = None,
+    few: int = FEW,
 ) -> tuple[Tape, dict[int, tuple[int, bool]]]:
     """Find the samples' axis in every differentiable value, on the first few samples.
 
@@ -62,9 +68,9 @@ def sample_axes(
     Returns:
         The small run's tape, and (axis, innermost) by index of the value; values are absent that no axis fits.
     """
-    m = min(few, len(x))
+    m = min(few, count_samples(x))
     with preserve_state(model):
-        tape, output = record(model, x[:m], parameters)
+        tape, output = record(model, take(x, slice(0, m)), parameters, forward)
     found: dict[int, tuple[int, bool]] = {}
     values = [v for v in tape.values if v.edge is not None]
     if output.grad_fn is None or not values:

@@ -11,19 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flatkern.chunk_plan import LEAST_BYTES, note
 from flatkern.estimators import trace
 from flatkern.estimators.common import check_count
 from flatkern.flatness import ggn_trace
+from flatkern.linearize import Forward
+from flatkern.loss_data import LossData
 from flatkern.losses import Loss, Reduction
 from flatkern.operators import hessian
-from flatkern.problem import (
-    Batches,
-    check_input,
-    model_device,
-)
 from flatkern.residual import Chunk, Sites, Twice, linearize
 from flatkern.results import Estimate, HessianTrace
 from flatkern.sample_axis import footprint, sample_axes
+from flatkern.samples import count_samples, take
 from flatkern.tape import UnsupportedError
 
 __all__ = ["Goal", "Split"]
@@ -100,6 +99,7 @@ class Split:
     generator: torch.Generator
     max_memory: int
     per_layer: bool
+    forward: Forward | None = None
     verdicts: dict[str, str] = field(default_factory=dict)
     """Parameters not proven, with the reason."""
     refused: dict[str, str] = field(default_factory=dict)
@@ -122,6 +122,7 @@ class Split:
             self.data,
             params=list(self.parameters) if names is None else names,
             reduction=self.reduction,
+            forward=self.forward,
             max_memory=self.max_memory,
         )
         found = trace(
@@ -161,6 +162,7 @@ class Split:
             self.loss_fn,
             self.data,
             params=list(ours),
+            forward=self.forward,
             per_layer=self.per_layer,
             max_memory=self.max_memory,
         )
@@ -238,18 +240,16 @@ class Split:
 
     def _pilot(self, method: str) -> tuple[float, float, float]:
         """Sums of means and variances a sample, and the denominator's part of one sample, on a few samples."""
-        for x, y in Batches(self.data, model_device(self.model)):
-            step = max(1, len(x) // PILOT_SAMPLES)
-            few = torch.arange(0, len(x), step, device=x.device)[:PILOT_SAMPLES]
-            x, y = x[few], y[few]
-            check_input(x, differentiable=False)
-            check_input(y, differentiable=False, name="y")
+        for x, y in LossData(self.model, self.data, self.forward):
+            n = count_samples(x)
+            few = list(range(0, n, max(1, n // PILOT_SAMPLES)))[:PILOT_SAMPLES]
+            n, x, y = len(few), take(x, few), None if y is None else y[few]
             total, spread, weight = 0.0, 0.0, 0.0
             # with a number of probes given, only the verdict is wanted
-            least = max(PILOT_PROBES, 1 + math.ceil(PILOT_FREEDOM / len(x)))
+            least = max(PILOT_PROBES, 1 + math.ceil(PILOT_FREEDOM / n))
             wanted = least if self.goal.samples is None else 0
-            for chunk, part, target in self._chunks(x, y):
-                evaluator, part_weight = self._evaluator(chunk, part, target, method)
+            for chunk, target in self._chunks(x, y):
+                evaluator, part_weight = self._evaluator(chunk, target, method)
                 self.refused.update(chunk.refused)
                 weight += part_weight
                 if evaluator is not None and wanted:
@@ -257,7 +257,7 @@ class Split:
                         [evaluator.draw(self.generator) for _ in range(2 if evaluator.exact else wanted)]
                     )
                     total, spread = total + float(values.mean(0).sum()), spread + float(values.var(0).sum())
-            return total / len(x), spread / len(x), weight / len(x)
+            return total / n, spread / n, weight / n
         raise ValueError("data: no batch in it")
 
     def _plan(self, pilot: tuple[float, float, float], ggn: Estimate) -> tuple[int, float]:
@@ -285,10 +285,9 @@ class Split:
     def _sample(self, method: str, probes: int) -> tuple[_Sampled, str, tuple[str, ...]]:
         sampled, how = _Sampled(), "exact"
         layers: tuple[str, ...] | None = None
-        for x, y in Batches(self.data, model_device(self.model)):
-            check_input(x, differentiable=False)
-            for chunk, part, target in self._chunks(x, y):
-                evaluator, weight = self._evaluator(chunk, part, target, method)
+        for x, y in LossData(self.model, self.data, self.forward):
+            for chunk, target in self._chunks(x, y):
+                evaluator, weight = self._evaluator(chunk, target, method)
                 sampled.weight += weight
                 unknown = set(chunk.refused) - set(self.refused)
                 if unknown:
@@ -296,7 +295,7 @@ class Split:
                 n = len(chunk.output)
                 if evaluator is None:
                     rows = 1 if layers is None else len(layers)
-                    values = torch.zeros(2, rows, n, dtype=torch.float64, device=part.device)
+                    values = torch.zeros(2, rows, n, dtype=torch.float64, device=chunk.output.device)
                 elif self.per_layer:
                     assert isinstance(evaluator, Twice)
                     layers = evaluator.layers if layers is None else layers
@@ -315,21 +314,26 @@ class Split:
                 sampled.add(values if len(values) == probes else values[:1].expand(probes, -1, -1))
         return sampled, how, layers or ()
 
-    def _chunks(self, x: Tensor, y: Tensor) -> Iterator[tuple[Chunk, Tensor, Tensor]]:
-        small, places = sample_axes(self.model, x, self.parameters)
-        size = COPIES * footprint(small) // max(1, len(small.final.tensor))
-        step = max(1, self.max_memory // max(size, 1))
-        for start in range(0, len(x), step):
-            part, target = x[start : start + step], y[start : start + step]
-            chunk = linearize(self.model, part, self.parameters, small, places)
+    def _chunks(self, x: Any, y: Tensor | None) -> Iterator[tuple[Chunk, Tensor]]:
+        forward = LossData(self.model, self.data, self.forward).forward
+        small, places = sample_axes(self.model, x, self.parameters, forward)
+        n = count_samples(x)
+        plan = _Recorded(
+            self.max_memory,
+            footprint(small) // max(1, len(small.final.tensor)),
+            sum(p.numel() * p.element_size() for p in self.parameters.values()),
+        )
+        note(plan)
+        step = plan.samples(n)
+        for start in range(0, n, step):
+            part = slice(start, min(start + step, n))
+            chunk = linearize(self.model, take(x, part), self.parameters, small, places, forward)
             for name, degree in chunk.verdicts.items():
                 if not degree.proven:
                     self.verdicts.setdefault(name, degree.reason)
-            yield chunk, part, target
+            yield chunk, chunk.tape.target if y is None else y[part]
 
-    def _evaluator(
-        self, chunk: Chunk, x: Tensor, y: Tensor, method: str
-    ) -> tuple[Sites | Twice | None, float]:
+    def _evaluator(self, chunk: Chunk, y: Tensor, method: str) -> tuple[Sites | Twice | None, float]:
         output = chunk.output.detach().requires_grad_()
         value = self.loss.numerator(output, y)
         weight = float(self.loss.weight(output.detach(), y))
@@ -351,3 +355,24 @@ def _over_samples(values: Tensor, noise: Tensor) -> float | None:
         return None
     own = float(values.var()) - float(noise.mean())
     return (max(own, 0.0) / len(values)) ** 0.5
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """Chunks of recorded runs: a model of :mod:`flatkern.chunk_plan`."""
+
+    max_memory: int
+    sample_bytes: int
+    gradient_bytes: int
+    """What one gradient takes: parameters, and half of a sample's values is saved for it."""
+
+    def bytes(self, chunk: int) -> int:
+        """Values, graph, cotangents, tangents and temporaries."""
+        return COPIES * self.sample_bytes * chunk
+
+    def samples(self, n: int) -> int:
+        """The most that fit, no more than about a gradient's memory, and at least one."""
+        gradient = self.gradient_bytes + n * self.sample_bytes // 2
+        limit = min(self.max_memory, max(LEAST_BYTES, gradient))
+        most = max(1, min(n, limit // max(1, COPIES * self.sample_bytes)))
+        return -(-n // -(-n // most))

@@ -109,7 +109,7 @@ class _TableAndHead(Term):
         return self.table.explicit(samples, cotangents) + self.head.explicit(samples, cotangents)
 
     def squared_norms(self, max_memory: int) -> Tensor:
-        """⟨Σ_e onehot(v_e) g_eᵀ, Σ_s h_s a_sᵀ⟩ = Σ_{e,s} h_s[v_e] (g_e·a_s), sample by sample or in chunks of entries."""
+        """⟨Σ_e onehot(v_e) g_eᵀ, Σ_s h_s a_sᵀ⟩ = Σ_{e,s} h_s[v_e] (g_e·a_s), by samples or chunks of entries."""
         total = self.table.squared_norms(max_memory) + self.head.squared_norms(max_memory)
         table, entries = self.table, len(self.table.rows)
         each = entries // self.n

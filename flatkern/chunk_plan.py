@@ -1,0 +1,99 @@
+"""How many samples a linearization takes at a time, and the bytes that takes; told to whoever plans a call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Protocol
+
+__all__ = ["LEAST_BYTES", "ChunkModel", "ChunkPlan", "note", "observed"]
+
+LEAST_BYTES = 1 << 22
+"""Working sets up to this size are not worth another chunk, however little a gradient takes."""
+
+
+class ChunkModel(Protocol):
+    """Chunk sizes of one kind of pass."""
+
+    def samples(self, n: int) -> int:
+        """Samples at a time, of a batch of ``n``."""
+
+    def bytes(self, chunk: int) -> int:
+        """About what a chunk of so many samples takes at its peak."""
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """Bytes of a chunk, from what a run on a few samples showed."""
+
+    max_memory: int
+    saved: int
+    """Bytes that autograd keeps a sample."""
+    entry: int
+    """Bytes of an entry."""
+    outputs: int
+    """Entries of a sample's output."""
+    sites: int
+    """Entries a sample of all places where parameters enter: cotangents are taken there."""
+    widest: int
+    """Entries a sample of the largest of them."""
+    cotangents: int
+    at_once: int
+    """Bytes of the widest place up to which several cotangents go through one pass."""
+    roots: int
+    """Copies of the cotangents at the output: 0 where all samples share them."""
+    kept: int
+    """Entries a sample of places where all cotangents are kept at once (layer inputs; everything for a Gram matrix)."""
+    parameters: int
+    """Bytes of the parameters: what a gradient takes."""
+    frugal: bool
+    """Whether a chunk should take no more than about one gradient of the whole batch does."""
+
+    def bytes(self, chunk: int) -> int:
+        """Graph, output, cotangents at the output, those of one block at all sites, and those that are kept."""
+        block = max(1, min(self.cotangents, self.at_once // max(1, chunk * self.widest * self.entry)))
+        entries = self.outputs * (1 + self.roots * self.cotangents) + block * (self.sites + 2 * self.widest)
+        entries += self.cotangents * self.kept
+        return chunk * (self.saved + self.entry * entries)
+
+    def limit(self, n: int) -> int:
+        """Bytes for a chunk of a batch of ``n``: the budget, or less where a gradient takes less."""
+        if not self.frugal:
+            return self.max_memory
+        gradient = n * (self.saved + 2 * self.entry * self.outputs) + self.parameters
+        return min(self.max_memory, max(LEAST_BYTES, gradient))
+
+    def samples(self, n: int) -> int:
+        """The most that fit, and at least one."""
+        limit, low, high = self.limit(n), 1, n
+        while low < high:  # bytes() does not fall with the chunk
+            middle = (low + high + 1) // 2
+            if self.bytes(middle) <= limit:
+                low = middle
+            else:
+                high = middle - 1
+        chunks = -(-n // low)
+        return -(-n // chunks)  # equal ones
+
+
+_observers: ContextVar[list[ChunkModel] | None] = ContextVar("flatkern_chunk_observers", default=None)
+
+
+def note(model: ChunkModel) -> None:
+    """Tell whoever observes how the pass that begins is chunked."""
+    log = _observers.get()
+    if log is not None and model not in log:
+        log.append(model)
+
+
+@contextmanager
+def observed() -> Iterator[list[ChunkModel]]:
+    """Collect the chunk models of all passes in the block."""
+    log: list[ChunkModel] = []
+    token = _observers.set(log)
+    try:
+        yield log
+    finally:
+        _observers.reset(token)
