@@ -63,7 +63,8 @@ def sample_axes(
 ) -> tuple[Tape, dict[int, tuple[int, bool]]]:
     """Find the samples' axis in every differentiable value, on the first few samples.
 
-    The cotangents of values that belong to sample i are scaled by 2^i, exactly, when the output's are.
+    The cotangents of values that belong to sample i are scaled by 2^i, exactly, when the output's are. With ``few`` 1
+    there is nothing to find.
 
     Returns:
         The small run's tape, and (axis, innermost) by index of the value; values are absent that no axis fits.
@@ -79,6 +80,8 @@ def sample_axes(
     root = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
     weights = 2.0 ** torch.arange(m, dtype=output.dtype, device=output.device)
     scaled = root * weights.reshape(m, *[1] * (output.ndim - 1))
+    if m == 1:  # everything is its own
+        return tape, {v.index: (0, False) for v in values if v.tensor.ndim}
     plain, other = (_cotangents(output, values, r) for r in (root, scaled))
     for value, g, h in zip(values, plain, other, strict=True):
         if g is not None and h is not None:

@@ -316,18 +316,23 @@ class Split:
 
     def _chunks(self, x: Any, y: Tensor | None) -> Iterator[tuple[Chunk, Tensor]]:
         forward = LossData(self.model, self.data, self.forward).forward
-        small, places = sample_axes(self.model, x, self.parameters, forward)
         n = count_samples(x)
+        runs = {False: sample_axes(self.model, x, self.parameters, forward)}
         plan = _Recorded(
             self.max_memory,
-            footprint(small) // max(1, len(small.final.tensor)),
+            footprint(runs[False][0]) // max(1, len(runs[False][0].final.tensor)),
             sum(p.numel() * p.element_size() for p in self.parameters.values()),
         )
         note(plan)
         step = plan.samples(n)
+        if step == 1:
+            del runs[False]  # before the next one: it is as large as several chunks
         for start in range(0, n, step):
             part = slice(start, min(start + step, n))
-            chunk = linearize(self.model, take(x, part), self.parameters, small, places, forward)
+            alone = part.stop - start == 1  # a batch of one may take other operations (expand does nothing)
+            if alone not in runs:
+                runs[alone] = sample_axes(self.model, x, self.parameters, forward, few=1)
+            chunk = linearize(self.model, take(x, part), self.parameters, *runs[alone], forward)
             for name, degree in chunk.verdicts.items():
                 if not degree.proven:
                     self.verdicts.setdefault(name, degree.reason)
