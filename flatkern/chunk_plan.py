@@ -8,10 +8,12 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["LEAST_BYTES", "ChunkModel", "ChunkPlan", "note", "observed"]
+__all__ = ["ChunkModel", "ChunkPlan", "frugal_limit", "note", "observed"]
 
-LEAST_BYTES = 1 << 22
-"""Working sets up to this size are not worth another chunk, however little a gradient takes."""
+_GRADIENTS = 1.7
+"""A chunk's bytes over those of one gradient of the whole batch, at most,"""
+_LEAST_BYTES = 12 << 20
+"""but up to this size another chunk is not worth it (measured: chunks of a few samples run at half the speed)."""
 
 
 class ChunkModel(Protocol):
@@ -22,6 +24,11 @@ class ChunkModel(Protocol):
 
     def bytes(self, chunk: int) -> int:
         """About what a chunk of so many samples takes at its peak."""
+
+
+def frugal_limit(gradient: int, max_memory: int) -> int:
+    """Bytes for a chunk where a gradient of the whole batch takes so many."""
+    return min(max_memory, max(_LEAST_BYTES, int(_GRADIENTS * gradient)))
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class ChunkPlan:
     parameters: int
     """Bytes of the parameters: what a gradient takes."""
     frugal: bool
-    """Whether a chunk should take no more than about one gradient of the whole batch does."""
+    """Whether a chunk should take less than two gradients of the whole batch do."""
 
     def bytes(self, chunk: int) -> int:
         """Graph, output, cotangents at the output, those of one block at all sites, and those that are kept."""
@@ -59,11 +66,12 @@ class ChunkPlan:
         return chunk * (self.saved + self.entry * entries)
 
     def limit(self, n: int) -> int:
-        """Bytes for a chunk of a batch of ``n``: the budget, or less where a gradient takes less."""
+        """Bytes for a chunk of a batch of ``n``: the budget, or less where two gradients take less."""
         if not self.frugal:
             return self.max_memory
-        gradient = n * (self.saved + 2 * self.entry * self.outputs) + self.parameters
-        return min(self.max_memory, max(LEAST_BYTES, gradient))
+        return frugal_limit(
+            n * (self.saved + 2 * self.entry * self.outputs) + self.parameters, self.max_memory
+        )
 
     def samples(self, n: int) -> int:
         """The most that fit, and at least one."""

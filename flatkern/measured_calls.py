@@ -150,7 +150,7 @@ def _bytes(small: _Run, large: _Run, chunk: int, model: ChunkModel | None) -> in
     slope = 1.0
     if said(large) > said(small):
         slope = (large.bytes - small.bytes) / (said(large) - said(small))
-    slope = min(2.0, max(0.5, slope))
+    slope = min(1.25, max(0.9, slope))  # small runs have fixed parts and other blocks
     return large.bytes + int(slope * max(0, model.bytes(chunk) - said(large)))
 
 

@@ -50,8 +50,10 @@ class SampleAxis:
 
 
 def footprint(tape: Tape) -> int:
-    """Bytes of all values of a run but parameters."""
-    return sum(v.tensor.numel() * v.tensor.element_size() for v in tape.values if v.parameter is None)
+    """Bytes of all values of a run but parameters; views are no bytes of their own."""
+    owned = {v.tensor.untyped_storage().data_ptr() for v in tape.values if v.parameter is not None}
+    storages = {(s := v.tensor.untyped_storage()).data_ptr(): s.nbytes() for v in tape.values}
+    return sum(size for place, size in storages.items() if place not in owned)
 
 
 def sample_axes(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatkern.chunk_plan import LEAST_BYTES, note
+from flatkern.chunk_plan import frugal_limit, note
 from flatkern.estimators import trace
 from flatkern.estimators.common import check_count
 from flatkern.flatness import ggn_trace
@@ -38,7 +38,7 @@ SECOND_PILOT = 16
 """Where more probes than this are planned, a pilot on all samples plans again."""
 PROBES_A_PRODUCT = 6
 """What a Hessian-vector product costs in probes, about."""
-COPIES = 6
+COPIES = 5
 """Memory of a chunk over that of its intermediate values: graph, cotangents, tangents and temporaries."""
 
 
@@ -376,8 +376,8 @@ class _Recorded:
         return COPIES * self.sample_bytes * chunk
 
     def samples(self, n: int) -> int:
-        """The most that fit, no more than about a gradient's memory, and at least one."""
+        """The most that fit into less than two gradients' memory, and at least one."""
         gradient = self.gradient_bytes + n * self.sample_bytes // 2
-        limit = min(self.max_memory, max(LEAST_BYTES, gradient))
+        limit = frugal_limit(gradient, self.max_memory)
         most = max(1, min(n, limit // max(1, COPIES * self.sample_bytes)))
         return -(-n // -(-n // most))
