@@ -8,7 +8,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["ChunkModel", "ChunkPlan", "frugal_limit", "note", "observed"]
+from flatkern.allocation import AllocationMeter
+
+__all__ = ["ChunkModel", "ChunkPlan", "Observer", "frugal_limit", "note", "observed"]
 
 _GRADIENTS = 1.7
 """A chunk's bytes over those of one gradient of the whole batch, at most,"""
@@ -86,22 +88,47 @@ class ChunkPlan:
         return -(-n // chunks)  # equal ones
 
 
-_observers: ContextVar[list[ChunkModel] | None] = ContextVar("flatkern_chunk_observers", default=None)
+class Observer:
+    """The passes of a call, and what each had at its peak."""
+
+    def __init__(self, meter: AllocationMeter) -> None:
+        self.peaks: dict[ChunkModel, int] = {}
+        """Bytes by pass; what came before the first one counts to it."""
+        self._meter, self._current = meter, None
+
+    _current: ChunkModel | None
+
+    def begin(self, model: ChunkModel) -> None:
+        """A pass begins."""
+        if self._current is not None and model != self._current:
+            self.close()
+        self._current = model
+
+    def close(self) -> None:
+        """The current pass is over."""
+        if self._current is not None:
+            self.peaks[self._current] = max(self.peaks.get(self._current, 0), self._meter.peak)
+            self._meter.peak = self._meter.live
+
+
+_observer: ContextVar[Observer | None] = ContextVar("flatkern_chunk_observer", default=None)
 
 
 def note(model: ChunkModel) -> None:
     """Tell whoever observes how the pass that begins is chunked."""
-    log = _observers.get()
-    if log is not None and model not in log:
-        log.append(model)
+    observer = _observer.get()
+    if observer is not None:
+        observer.begin(model)
 
 
 @contextmanager
-def observed() -> Iterator[list[ChunkModel]]:
-    """Collect the chunk models of all passes in the block."""
-    log: list[ChunkModel] = []
-    token = _observers.set(log)
-    try:
-        yield log
-    finally:
-        _observers.reset(token)
+def observed() -> Iterator[Observer]:
+    """Observe the passes in the block, and count the bytes of tensors."""
+    with AllocationMeter() as meter:
+        observer = Observer(meter)
+        token = _observer.set(observer)
+        try:
+            yield observer
+            observer.close()
+        finally:
+            _observer.reset(token)

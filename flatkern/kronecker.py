@@ -216,7 +216,7 @@ def kfac(
         if blocks is None:
             blocks, others = plan(groups, rows.parameters, approx, max_block, max_factor)
         for block in blocks:
-            block.add(groups, limit // 4)
+            block.add(groups, chunk.lin.scratch)
         notes.update(dict.fromkeys(chunk.gradients.notes))
         del chunk, groups
     assert blocks is not None

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from flatkern.allocation import AllocationMeter
 from flatkern.chunk_plan import ChunkModel, observed
 from flatkern.flatness import ggn_trace, gradient_norms, sharpness
 from flatkern.geometry import geometry
@@ -83,8 +82,8 @@ class _Data:
 class _Run:
     samples: int
     result: Any
-    bytes: int
-    models: list[ChunkModel]
+    peaks: dict[ChunkModel, int]
+    """Bytes by pass."""
 
 
 def measured(fn: Callable[..., Any], arguments: dict[str, Any]) -> Measured:
@@ -103,16 +102,14 @@ def measured(fn: Callable[..., Any], arguments: dict[str, Any]) -> Measured:
                     options[tolerance] = min(options[tolerance], 0.99)
         return lambda: fn(**options)
 
-    small = _run(call, min(data.batch, _FEWEST))
-    chunk, growing = _chunk(small.models, data.batch, small.samples)
-    large = small
+    small = large = _run(call, min(data.batch, _FEWEST))
+    chunk = _chunk(small, data.batch)
     if chunk > small.samples:
         large = _run(call, min(data.batch, _MOST, chunk))
-        chunk, growing = _chunk(large.models, data.batch, large.samples)
     return Measured(
         passes=_passes(large),
         matvecs=getattr(large.result, "matvecs", 0),
-        bytes=_bytes(small, large, chunk, growing),
+        bytes=_bytes(small, large, data.batch),
         seconds=_seconds(call, small, large, data.total),
         notes=_notes(data, large, chunk),
     )
@@ -123,35 +120,25 @@ def _no_goal(options: dict[str, Any]) -> bool:
 
 
 def _run(call: Callable[[int], Callable[[], Any]], m: int) -> _Run:
-    with observed() as models, AllocationMeter() as meter:
+    with observed() as observer:
         result = call(m)()
-    return _Run(m, result, meter.peak, models)
+    return _Run(m, result, observer.peaks)
 
 
-def _chunk(models: list[ChunkModel], n: int, done: int) -> tuple[int, ChunkModel | None]:
-    """Samples at a time of the pass that grows most beyond what was run, and that pass."""
-    best: tuple[float, int, ChunkModel | None] = (1.0, min(n, done), None)
-    for model in models:
-        whole, few = model.samples(n), model.samples(done)
-        growth = model.bytes(whole) / max(1, model.bytes(few))
-        if growth > best[0]:
-            best = growth, whole, model
-    return best[1], best[2]
+def _chunk(run: _Run, n: int) -> int:
+    """Samples at a time of the pass that takes most at once."""
+    return max((model.samples(n) for model in run.peaks), default=n)
 
 
-def _bytes(small: _Run, large: _Run, chunk: int, model: ChunkModel | None) -> int:
-    """The larger run's peak, and what the chunk plan says comes with more samples, at the measured slope."""
-    if model is None:
-        return large.bytes
-
-    def said(run: _Run) -> int:
-        return model.bytes(model.samples(run.samples))
-
-    slope = 1.0
-    if said(large) > said(small):
-        slope = (large.bytes - small.bytes) / (said(large) - said(small))
-    slope = min(1.25, max(0.9, slope))  # small runs have fixed parts and other blocks
-    return large.bytes + int(slope * max(0, model.bytes(chunk) - said(large)))
+def _bytes(small: _Run, large: _Run, n: int) -> int:
+    """For each pass the larger run's peak, and what its plan says comes with more samples, at the measured slope."""
+    most = 0
+    for (model, before), after in zip(small.peaks.items(), large.peaks.values(), strict=True):
+        said, first, second = (model.bytes(model.samples(k)) for k in (n, small.samples, large.samples))
+        slope = (after - before) / (second - first) if second > first else 1.0
+        slope = min(1.25, max(0.8, slope))  # small runs have fixed parts, and other blocks
+        most = max(most, after + int(slope * max(0, said - second)))
+    return most
 
 
 def _seconds(call: Callable[[int], Callable[[], Any]], small: _Run, large: _Run, total: int) -> float:
@@ -173,7 +160,7 @@ def _timed(function: Callable[[], Any]) -> float:
 
 def _passes(run: _Run) -> int:
     passes = getattr(run.result, "passes", 0)
-    return passes or max((getattr(model, "cotangents", 1) for model in run.models), default=1)
+    return passes or max((getattr(model, "cotangents", 1) for model in run.peaks), default=1)
 
 
 def _notes(data: _Data, run: _Run, chunk: int) -> tuple[str, ...]:
