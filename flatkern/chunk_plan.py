@@ -12,9 +12,9 @@ from flatkern.allocation import AllocationMeter
 
 __all__ = ["ChunkModel", "ChunkPlan", "Observer", "frugal_limit", "note", "observed"]
 
-_GRADIENTS = 1.7
+_GRADIENTS = 2
 """A chunk's bytes over those of one gradient of the whole batch, at most,"""
-_LEAST_BYTES = 12 << 20
+_LEAST_BYTES = 8 << 20
 """but up to this size another chunk is not worth it (measured: chunks of a few samples run at half the speed)."""
 
 
@@ -24,8 +24,8 @@ class ChunkModel(Protocol):
     def samples(self, n: int) -> int:
         """Samples at a time, of a batch of ``n``."""
 
-    def bytes(self, chunk: int) -> int:
-        """About what a chunk of so many samples takes at its peak."""
+    def bytes(self, n: int) -> int:
+        """About what such a chunk of a batch of ``n`` takes at its peak."""
 
 
 def frugal_limit(gradient: int, max_memory: int) -> int:
@@ -39,7 +39,9 @@ class ChunkPlan:
 
     max_memory: int
     saved: int
-    """Bytes that autograd keeps a sample."""
+    """Bytes that autograd keeps a sample,"""
+    given: int
+    """of which the data's own copy."""
     entry: int
     """Bytes of an entry."""
     outputs: int
@@ -56,16 +58,9 @@ class ChunkPlan:
     kept: int
     """Entries a sample of places where all cotangents are kept at once (layer inputs; everything for a Gram matrix)."""
     parameters: int
-    """Bytes of the parameters: what a gradient takes."""
+    """Bytes of the parameters."""
     frugal: bool
-    """Whether a chunk should take less than two gradients of the whole batch do."""
-
-    def bytes(self, chunk: int) -> int:
-        """Graph, output, cotangents at the output, those of one block at all sites, and those that are kept."""
-        block = max(1, min(self.cotangents, self.at_once // max(1, chunk * self.widest * self.entry)))
-        entries = self.outputs * (1 + self.roots * self.cotangents) + block * (self.sites + 2 * self.widest)
-        entries += self.cotangents * self.kept
-        return chunk * (self.saved + self.entry * entries)
+    """Whether a chunk should take no more than two gradients of the whole batch do."""
 
     def limit(self, n: int) -> int:
         """Bytes for a chunk of a batch of ``n``: the budget, or less where two gradients take less."""
@@ -76,16 +71,29 @@ class ChunkPlan:
         )
 
     def samples(self, n: int) -> int:
-        """The most that fit, and at least one."""
-        limit, low, high = self.limit(n), 1, n
-        while low < high:  # bytes() does not fall with the chunk
-            middle = (low + high + 1) // 2
-            if self.bytes(middle) <= limit:
-                low = middle
-            else:
-                high = middle - 1
-        chunks = -(-n // low)
-        return -(-n // chunks)  # equal ones
+        """The most that fit with one cotangent at a time, and at least one."""
+        most = max(1, min(n, self.limit(n) // max(1, self._fixed + self._cotangent)))
+        return -(-n // -(-n // most))  # chunks of equal size
+
+    def block(self, n: int) -> int:
+        """Cotangents that go through one pass: dispatch is saved as long as they stay in the cache, and fit."""
+        chunk = self.samples(n)
+        cached = self.at_once // max(1, chunk * self.widest * self.entry)
+        fitting = (self.limit(n) - chunk * self._fixed) // max(1, chunk * self._cotangent)
+        return max(1, min(self.cotangents, cached, fitting))
+
+    def bytes(self, n: int) -> int:
+        """Graph, output, cotangents at the output, those of one block at all sites, and those that are kept."""
+        return self.samples(n) * (self._fixed + self.block(n) * self._cotangent)
+
+    @property
+    def _fixed(self) -> int:
+        entries = self.outputs * (1 + self.roots * self.cotangents) + self.cotangents * self.kept
+        return self.saved + self.entry * entries
+
+    @property
+    def _cotangent(self) -> int:
+        return self.entry * (self.sites + 2 * self.widest)
 
 
 class Observer:

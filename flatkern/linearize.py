@@ -17,7 +17,7 @@ from flatkern.chunk_plan import ChunkPlan, note
 from flatkern.graph import Graph, Layouts, compare_batches, first_with_samples, shapes_of
 from flatkern.placement import check_layouts, strays
 from flatkern.problem import DEFAULT_MAX_MEMORY, check_output, preserve_state
-from flatkern.samples import count_samples, take
+from flatkern.samples import count_samples, take, tensors_in
 from flatkern.uses import Uses, find_uses
 
 __all__ = ["Forward", "Linearization", "budget", "linearizations", "pull_back"]
@@ -59,6 +59,8 @@ class Linearization:
     """Layers whose input does not have the samples on axis 0."""
     widest: int
     """Entries of the largest output that cotangents are taken at."""
+    together: int | None
+    """Cotangents that fit into one pass; ``None``: not known."""
 
     @property
     def n(self) -> int:
@@ -193,6 +195,10 @@ def _check_independence(few: Tensor, among_others: Tensor) -> None:
     )
 
 
+def _bytes_of(batch: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(batch))
+
+
 def _widths(nodes: Iterable[Node]) -> list[int]:
     """Entries of the outputs at which cotangents are taken."""
     return [shapes_of(node)[0].numel() for node in nodes]
@@ -235,6 +241,7 @@ class _Chunks:
         return ChunkPlan(
             max_memory=self._max_memory,
             saved=few.saved_bytes // 2,
+            given=min(few.saved_bytes // 2, _bytes_of(take(self._x, slice(0, 1)))),
             entry=few.output.element_size(),
             outputs=outputs,
             sites=sum(widths) // 2,
@@ -247,7 +254,7 @@ class _Chunks:
             frugal=not (self._with_input or keep_cotangents),
         )
 
-    def linearize(self, start: int, stop: int) -> Linearization:
+    def linearize(self, start: int, stop: int, together: int | None) -> Linearization:
         """The chunk of these samples."""
         part = self._x if (start, stop) == (0, self.n) else take(self._x, slice(start, stop))
         with preserve_state(self._model):
@@ -277,6 +284,7 @@ class _Chunks:
             max_memory=self._max_memory,
             misplaced=doubtful,
             widest=max([run.output.numel(), *_widths(uses.sites)]),
+            together=together,
         )
 
     def _inspect(self, part: Any, run: _Run, n: int) -> None:
@@ -330,11 +338,12 @@ def linearizations(
     """
     chunks = _Chunks(model, x, parameters, with_input, max_memory, forward)
     plan = chunks.plan(cotangents, own_roots, keep_cotangents)
-    size = 1 if plan is None else plan.samples(chunks.n)
+    size, together = 1, None
     if plan is not None:
+        size, together = plan.samples(chunks.n), plan.block(chunks.n)
         note(plan)
     for start in range(0, chunks.n, size):
-        lin = chunks.linearize(start, min(start + size, chunks.n))
+        lin = chunks.linearize(start, min(start + size, chunks.n), together)
         yield lin
         del lin  # before the next chunk is linearized
 
@@ -360,7 +369,7 @@ def pull_back(
     """
     k = len(roots)
     cache = _together(roots.device, lin.max_memory)
-    block = max(1, min(k, cache // max(1, lin.widest * roots.element_size())))
+    block = max(1, min(k, lin.together or k, cache // max(1, lin.widest * roots.element_size())))
     for start in range(0, k, block):
         part = roots[start : start + block]
         found: tuple[Tensor | None, ...] | None = None

@@ -134,7 +134,7 @@ def _bytes(small: _Run, large: _Run, n: int) -> int:
     """For each pass the larger run's peak, and what its plan says comes with more samples, at the measured slope."""
     most = 0
     for (model, before), after in zip(small.peaks.items(), large.peaks.values(), strict=True):
-        said, first, second = (model.bytes(model.samples(k)) for k in (n, small.samples, large.samples))
+        said, first, second = (model.bytes(k) for k in (n, small.samples, large.samples))
         slope = (after - before) / (second - first) if second > first else 1.0
         slope = min(1.25, max(0.8, slope))  # small runs have fixed parts, and other blocks
         most = max(most, after + int(slope * max(0, said - second)))

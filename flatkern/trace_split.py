@@ -371,13 +371,13 @@ class _Recorded:
     gradient_bytes: int
     """What one gradient takes: parameters, and half of a sample's values is saved for it."""
 
-    def bytes(self, chunk: int) -> int:
+    def bytes(self, n: int) -> int:
         """Values, graph, cotangents, tangents and temporaries."""
-        return COPIES * self.sample_bytes * chunk
+        return COPIES * self.sample_bytes * self.samples(n)
 
     def samples(self, n: int) -> int:
         """The most that fit into less than two gradients' memory, and at least one."""
-        gradient = self.gradient_bytes + n * self.sample_bytes // 2
+        gradient = self.gradient_bytes // 2 + n * self.sample_bytes // 2
         limit = frugal_limit(gradient, self.max_memory)
         most = max(1, min(n, limit // max(1, COPIES * self.sample_bytes)))
         return -(-n // -(-n // most))
