@@ -66,9 +66,9 @@ class ChunkPlan:
         """Bytes for a chunk of a batch of ``n``: the budget, or less where two gradients take less."""
         if not self.frugal:
             return self.max_memory
-        return frugal_limit(
-            n * (self.saved + 2 * self.entry * self.outputs) + self.parameters, self.max_memory
-        )
+        # parameter gradients come while the graph is freed
+        gradient = n * (self.saved - self.given + 2 * self.entry * self.outputs) + self.parameters // 2
+        return frugal_limit(gradient, self.max_memory)
 
     def samples(self, n: int) -> int:
         """The most that fit with one cotangent at a time, and at least one."""

@@ -163,6 +163,8 @@ class Split:
             self.data,
             params=list(ours),
             forward=self.forward,
+            rtol=0.02 if self.goal.rtol is None else min(0.5, self.goal.rtol / 2**0.5),
+            seed=int(self.generator.get_state().long().sum()),  # without drawing from it
             per_layer=self.per_layer,
             max_memory=self.max_memory,
         )
@@ -182,7 +184,7 @@ class Split:
         mean = torch.cat(sampled.means, -1) / denominator  # [rows, n]
         spread = torch.cat(sampled.variances, -1) / (denominator**2 * used)
         residual = mean.sum(0)
-        stderr = float(spread.sum()) ** 0.5
+        stderr = math.hypot(float(spread.sum()) ** 0.5, ggn.stderr)
         value = ggn.value + float(residual.sum())
         per_sample = ggn.per_sample + n * residual.to(ggn.per_sample)
         rest: HessianTrace | None = None
@@ -203,7 +205,7 @@ class Split:
             value=value,
             stderr=stderr,
             sample_stderr=None if rest is not None else _over_samples(per_sample, spread.sum(0) * n**2),
-            method=self._describe(how if drawn or self.verdicts else "", used),
+            method=self._describe(how if drawn or self.verdicts else "", used, ggn),
             num_data=n,
             matvecs=0 if rest is None else rest.matvecs,
             passes=ggn.passes + 1 + (used if drawn else 0),
@@ -214,16 +216,24 @@ class Split:
             else ggn.value + sampled.totals.cpu() / denominator,
             per_sample=None if rest is not None else per_sample,
             per_layer=None if by_layer is None else by_layer[0],
-            per_layer_stderr=None if by_layer is None else by_layer[1],
+            # how a sketch's error splits by layer is not known
+            per_layer_stderr=None if by_layer is None or ggn.stderr else by_layer[1],
             notes=tuple(dict.fromkeys(notes)),
-            exact=tuple(n for n in self.parameters if n not in self.verdicts),
-            sampled={n: self.verdicts[n] for n in self.parameters if n in self.verdicts},
+            exact=() if ggn.stderr else tuple(n for n in self.parameters if n not in self.verdicts),
+            sampled={
+                n: self.verdicts.get(n, "many outputs: the Gauss-Newton part is sketched")
+                for n in self.parameters
+                if n in self.verdicts or ggn.stderr
+            },
         )
 
-    def _describe(self, how: str, probes: int) -> str:
+    def _describe(self, how: str, probes: int, ggn: Estimate) -> str:
+        sketched = f"{ggn.passes} sign sketches of the GGN trace" if ggn.stderr else ""
         if not self.verdicts:
-            return "exact (ghost norms; outputs piecewise affine in every parameter entry)"
-        text = f"exact GGN trace + residual of {len(self.verdicts)} of {len(self.parameters)} parameters: "
+            affine = "outputs piecewise affine in every parameter entry"
+            return f"{sketched}; {affine}" if sketched else f"exact (ghost norms; {affine})"
+        text = sketched or "exact GGN trace"
+        text += f" + residual of {len(self.verdicts)} of {len(self.parameters)} parameters: "
         text += "closed form" if how == "exact" else f"{probes} probes ({how})"
         return text + (f", Hutchinson for {', '.join(self.refused)}" if self.refused else "")
 
@@ -271,6 +281,8 @@ class Split:
         tolerance = self.goal.tolerance(ggn.value + mean * n / denominator)
         if self.refused:
             tolerance /= 2**0.5
+        if ggn.stderr:  # the Gauss-Newton part was sketched: many outputs
+            tolerance = max(tolerance**2 - ggn.stderr**2, tolerance**2 / 4) ** 0.5
         if tolerance == 0.0:
             return self.goal.max_samples + 1, variance
         return max(2, math.ceil(RESERVE * variance / tolerance**2)), variance

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import flatkern as fk
-from flatkern.losses import TokenCrossEntropyLoss
+from flatkern.allocation import AllocationMeter
+from flatkern.losses import TokenCrossEntropyLoss, resolve_loss
 
 transformers = pytest.importorskip("transformers")
 
@@ -153,3 +154,82 @@ def test_a_model_that_gives_no_tensor_says_what_to_do():
     model, batch = tiny()
     with pytest.raises(TypeError, match="forward"):
         fk.sharpness(model, batch["input_ids"])
+
+
+def peak(function):
+    with AllocationMeter() as meter:
+        function()
+    return meter.peak
+
+
+def gradient(model, batch):
+    """The unit of memory: one gradient, the logits given back before the backward pass."""
+    output, target = next_token(model, batch)
+    loss = torch.nn.functional.cross_entropy(output.flatten(0, 1), target.flatten())
+    del output
+    return torch.autograd.grad(loss, list(model.parameters()))
+
+
+def check_at_size(model, batch, probes):
+    """Traces in less than two gradients' memory, with nothing of the size n × P."""
+    n = len(batch["input_ids"])
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    unit = peak(lambda: gradient(model, batch))
+    found = {}
+
+    def run(name, function, *arguments, **options):
+        used = peak(lambda: found.update({name: function(*arguments, **options, forward=next_token)}))
+        assert used <= 2 * unit, name
+        assert used < unit + (n - 1) * parameters, name
+
+    run("norms", fk.gradient_norms, model, LOSS, batch)
+    run("ggn", fk.ggn_trace, model, LOSS, batch, rtol=0.2)
+    run("sharpness", fk.sharpness, model, batch, rtol=0.2)
+    assert found["ggn"].method == found["sharpness"].method == "sign sketch (ghost norms)"
+    assert found["ggn"].notes == found["norms"].notes == ()
+    if probes:
+        run("hessian", fk.hessian_trace, model, LOSS, batch, samples=probes)
+        assert "tangent passes" in found["hessian"].method
+    assert all(torch.isfinite(found[name].per_sample).all() for name in ("ggn", "sharpness"))
+
+
+def test_a_vocabulary_in_bounded_memory():
+    check_at_size(gpt2(5000, 32, 32, 2, 1), tokens(16, 32, 5000), probes=2)
+
+
+@pytest.mark.slow
+def test_fifty_thousand_tokens():
+    check_at_size(gpt2(50257, 64, 128, 4, 2), tokens(4, 64, 50257), probes=2)
+
+
+@pytest.mark.slow
+def test_a_hundred_million_parameters():
+    model = gpt2(50257, 64, 768, 12, 12)
+    assert sum(p.numel() for p in model.parameters()) > 100e6
+    check_at_size(model, tokens(4, 64, 50257), probes=0)
+
+
+def test_sketches_of_a_vocabulary_keep_their_digits_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    output = 20 * torch.randn(2, 3, 50257, generator=generator)  # some tokens nearly certain
+    target = torch.zeros(2, 3, dtype=torch.long)
+    loss = resolve_loss(LOSS)
+    signs = torch.randint(0, 2, output.shape, generator=generator).float() * 2 - 1
+    exact = loss.sketch(output.double(), target, signs.double())
+    found = loss.sketch(output, target, signs.clone())
+    worst = (found.double() - exact).flatten(0, 1).norm(dim=-1) / exact.flatten(0, 1).norm(dim=-1)
+    assert float(worst.max()) < 1e-5
+
+
+def test_a_thousand_classes():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(20, 40), torch.nn.GELU(), torch.nn.Linear(40, 1000))
+    x, y = torch.randn(64, 20), torch.randint(0, 1000, (64,))
+    loss = torch.nn.CrossEntropyLoss()
+    exact = fk.ggn_trace(model, loss, (x, y), method="exact", max_memory=64 << 20)
+    assert exact.passes == 999
+    found = fk.ggn_trace(model, loss, (x, y))
+    assert found.method == "sign sketch (ghost norms)"
+    assert abs(found.value - exact.value) < 5 * found.stderr < 0.2 * exact.value
+    assert peak(lambda: fk.ggn_trace(model, loss, (x, y))) < 8 << 20
+    assert peak(lambda: fk.ggn_trace(model, loss, (x, y), method="exact", max_memory=64 << 20)) < 64 << 20
