@@ -102,9 +102,10 @@ class Observer:
     def __init__(self, meter: AllocationMeter) -> None:
         self.peaks: dict[ChunkModel, int] = {}
         """Bytes by pass; what came before the first one counts to it."""
-        self._meter, self._current = meter, None
-
-    _current: ChunkModel | None
+        self.peak = 0
+        """Bytes of the whole call."""
+        self._meter = meter
+        self._current: ChunkModel | None = None
 
     def begin(self, model: ChunkModel) -> None:
         """A pass begins."""
@@ -114,6 +115,7 @@ class Observer:
 
     def close(self) -> None:
         """The current pass is over."""
+        self.peak = max(self.peak, self._meter.peak)
         if self._current is not None:
             self.peaks[self._current] = max(self.peaks.get(self._current, 0), self._meter.peak)
             self._meter.peak = self._meter.live

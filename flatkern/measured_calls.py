@@ -13,26 +13,34 @@ from itertools import islice
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from flatkern.chunk_plan import ChunkModel, observed
 from flatkern.flatness import ggn_trace, gradient_norms, sharpness
 from flatkern.geometry import geometry
+from flatkern.ggn_eigenvalues import ggn_spectrum
 from flatkern.kronecker import kfac
 from flatkern.operators.batches import OperatorData, reading
 from flatkern.problem import model_device
 from flatkern.samples import count_samples, take
+from flatkern.tangent_kernel import ntk
 from flatkern.traces import hessian_trace
 
 __all__ = ["MEASURED", "Measured", "measured"]
 
+_GRAMS: tuple[Callable[..., Any], ...] = (ntk, ggn_spectrum)
 MEASURED: tuple[Callable[..., Any], ...] = (
-    sharpness, ggn_trace, gradient_norms, hessian_trace, geometry, kfac,
+    sharpness, ggn_trace, gradient_norms, hessian_trace, geometry, kfac, *_GRAMS,
 )  # fmt: skip
 
 _FEWEST = 4
 """Samples of the first run; enough for every check that a run on many makes."""
 _MOST = 32
 """Samples of the second run."""
+_STEEPEST = 1.25
+"""Measured bytes over those of the chunk plan, for what comes with more samples, at most."""
+_STEEPEST_GRAM = 8.0
+"""Gram matrices of shared weights have temporaries of their own."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +90,10 @@ class _Data:
 class _Run:
     samples: int
     result: Any
+    peak: int
+    """Bytes."""
     peaks: dict[ChunkModel, int]
-    """Bytes by pass."""
+    """Bytes by pass; none where there is a single sample."""
 
 
 def measured(fn: Callable[..., Any], arguments: dict[str, Any]) -> Measured:
@@ -106,13 +116,76 @@ def measured(fn: Callable[..., Any], arguments: dict[str, Any]) -> Measured:
     chunk = _chunk(small, data.batch)
     if chunk > small.samples:
         large = _run(call, min(data.batch, _MOST, chunk))
+    seconds = _seconds(call, small, large, data.total)
+    if fn in _GRAMS:
+        gram = _Matrix.of(arguments, data, large, chunk)
+        taken = gram.bytes(data.total) + _bytes(small, large, data.batch, gram.bytes, _STEEPEST_GRAM)
+        seconds += gram.seconds
+    else:
+        taken = _bytes(small, large, data.batch)
     return Measured(
         passes=_passes(large),
         matvecs=getattr(large.result, "matvecs", 0),
-        bytes=_bytes(small, large, data.batch),
-        seconds=_seconds(call, small, large, data.total),
-        notes=_notes(data, large, chunk),
+        bytes=taken,
+        seconds=seconds,
+        notes=_notes(data, large, chunk, estimated=arguments.get("samples", 0) is None),
     )
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """A matrix of all rows in float64, and the blocks it is put together of."""
+
+    rows: float
+    """A sample."""
+    columns: float | None
+    """Of the other side, in all; ``None``: the same as the rows."""
+    most: int
+    """Rows at most: the Gauss-Newton matrix itself is formed where there are fewer parameters."""
+    chunk: int
+    copies: int
+    """Of the matrix: eigenvectors and their order make three."""
+    seconds: float
+
+    @classmethod
+    def of(cls, arguments: dict[str, Any], data: _Data, run: _Run, chunk: int) -> _Matrix:
+        result = run.result
+        if isinstance(result, Tensor):
+            rows, other = result.shape[0] / run.samples, arguments["x2"]
+            columns = None if other is None else rows * count_samples(other)
+            entries = rows * data.total * (rows * data.total if columns is None else columns)
+            return cls(rows, columns, 1 << 62, chunk, 1, entries * _each_entry())
+        rows, most = result.num_rows / run.samples, result.num_parameters
+        size = int(min(rows * data.total, most))
+        if size > arguments["max_size"]:
+            raise ValueError(
+                f"max_size: a matrix of {size} by {size} is beyond it, so that Lanczos is used; plan fk.eigsh with "
+                "fk.ggn(...)"
+            )
+        vectors = bool(arguments["vectors"])
+        seconds = size**2 * _each_entry() + _decomposition(size, vectors=vectors)
+        return cls(rows, None, most, chunk, 3 if vectors else 1, seconds)
+
+    def bytes(self, n: int) -> int:
+        """With ``n`` samples: the matrix, and the block of a chunk with itself."""
+        size = min(self.rows * n, self.most)
+        width = size if self.columns is None else self.columns
+        block = min(size, self.rows * self.chunk)
+        return int(8 * (self.copies * size * width + block * min(block, width)))
+
+
+def _each_entry() -> float:
+    """Seconds for an entry of a Gram matrix of some hundred features, measured."""
+    rows = torch.ones(512, 256, dtype=torch.float64)
+    return _timed(lambda: rows @ rows.T) / 512**2
+
+
+def _decomposition(size: int, *, vectors: bool) -> float:
+    """Seconds for all eigenvalues of a symmetric matrix, from those of a small one."""
+    small = min(size, 384)
+    matrix = torch.eye(small, dtype=torch.float64) + 1 / small
+    solve = torch.linalg.eigh if vectors else torch.linalg.eigvalsh
+    return _timed(lambda: solve(matrix)) * (size / small) ** 3
 
 
 def _no_goal(options: dict[str, Any]) -> bool:
@@ -122,7 +195,7 @@ def _no_goal(options: dict[str, Any]) -> bool:
 def _run(call: Callable[[int], Callable[[], Any]], m: int) -> _Run:
     with observed() as observer:
         result = call(m)()
-    return _Run(m, result, observer.peaks)
+    return _Run(m, result, observer.peak, observer.peaks)
 
 
 def _chunk(run: _Run, n: int) -> int:
@@ -130,13 +203,25 @@ def _chunk(run: _Run, n: int) -> int:
     return max((model.samples(n) for model in run.peaks), default=n)
 
 
-def _bytes(small: _Run, large: _Run, n: int) -> int:
-    """For each pass the larger run's peak, and what its plan says comes with more samples, at the measured slope."""
-    most = 0
-    for (model, before), after in zip(small.peaks.items(), large.peaks.values(), strict=True):
+def _bytes(
+    small: _Run,
+    large: _Run,
+    n: int,
+    known: Callable[[int], int] = lambda _: 0,
+    steepest: float = _STEEPEST,
+) -> int:
+    """For each pass the larger run's peak, and what its plan says comes with more samples, at the measured slope.
+
+    ``known`` bytes for a number of samples are left out.
+    """
+    most = large.peak - known(large.samples)
+    for model, after in large.peaks.items():
         said, first, second = (model.bytes(k) for k in (n, small.samples, large.samples))
-        slope = (after - before) / (second - first) if second > first else 1.0
-        slope = min(1.25, max(0.8, slope))  # small runs have fixed parts, and other blocks
+        slope, before = 1.0, small.peaks.get(model)
+        after -= known(large.samples)
+        if before is not None and second > first:
+            slope = (after - before + known(small.samples)) / (second - first)
+        slope = min(steepest, max(0.8, slope))  # small runs have fixed parts, and other blocks
         most = max(most, after + int(slope * max(0, said - second)))
     return most
 
@@ -163,10 +248,10 @@ def _passes(run: _Run) -> int:
     return passes or max((getattr(model, "cotangents", 1) for model in run.peaks), default=1)
 
 
-def _notes(data: _Data, run: _Run, chunk: int) -> tuple[str, ...]:
+def _notes(data: _Data, run: _Run, chunk: int, *, estimated: bool) -> tuple[str, ...]:
     notes = [f"measured on {run.samples} of {data.total} samples; {chunk} at a time"]
     if data.batches > 1:
         notes.append(f"{data.batches} batches; the largest has {data.batch} samples")
-    if getattr(run.result, "samples", None) is not None:
+    if estimated and getattr(run.result, "samples", None) is not None:
         notes.append("the number of draws is an estimate")
     return tuple(notes)

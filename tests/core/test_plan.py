@@ -134,6 +134,23 @@ def test_calls_over_data(name, make, max_memory):
     assert f"of {len(x)} samples" in planned.notes[0]
 
 
+@pytest.mark.parametrize("make", [problem, conv_net])
+@pytest.mark.parametrize("name", ["ntk", "ntk of two sets", "ggn_spectrum", "with vectors"])
+def test_gram_matrices(name, make):
+    model, x, y = make()
+    x, y = x[:120], y[:120]
+    fn, arguments, options = {
+        "ntk": (fk.ntk, (model, x), {}),
+        "ntk of two sets": (fk.ntk, (model, x, x[:60]), {}),
+        "ggn_spectrum": (fk.ggn_spectrum, (model, CE, (x, y)), {}),
+        "with vectors": (fk.ggn_spectrum, (model, CE, (x, y)), {"vectors": True}),
+    }[name]
+    planned = fk.plan(fn, *arguments, **options)
+    _, peak = taken(fn, *arguments, **options)
+    assert peak / 1.5 <= planned.bytes <= 1.5 * peak
+    assert planned.seconds > 0
+
+
 def test_a_sketch_to_a_tolerance_is_planned():
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(10, 30), nn.Tanh(), nn.Linear(30, 100)), torch.randn(500, 10)
@@ -150,6 +167,13 @@ def test_loaders_are_counted():
     planned = fk.plan(fk.ggn_trace, model, CE, data)
     assert "of 200 samples" in planned.notes[0]
     assert "4 batches" in planned.notes[1]
+
+
+def test_a_single_sample():
+    model, x, y = problem(1)
+    planned = fk.plan(fk.ggn_trace, model, CE, (x, y))
+    _, peak = taken(fk.ggn_trace, model, CE, (x, y))
+    assert peak / 1.5 <= planned.bytes <= 1.5 * peak
 
 
 def test_a_plan_runs_few_samples():
