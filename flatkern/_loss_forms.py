@@ -58,7 +58,7 @@ def mse(reduction: Reduction) -> Loss:
         _numel,
         lambda _o, _t, v: 2 * v,
         root,
-        lambda _o, _t, signs: 2**0.5 * signs,
+        lambda o, _t, signs: 2**0.5 * signs.to(o.dtype),
         sampled=sampled,
     )
 
@@ -203,9 +203,10 @@ def cross_entropy(loss_fn: nn.CrossEntropyLoss, reduction: Reduction) -> Loss:
         return omega(output, target).sqrt().unsqueeze(1) * (p - draw_classes(p, generator))
 
     def sketch(output: Tensor, target: Tensor, signs: Tensor) -> Tensor:
+        out = torch.empty_like(signs, dtype=output.dtype)
         for block in _blocks(output):
-            signs[block] = _softmax_sketch(output[block], signs[block])
-        return signs.mul_(omega(output, target).sqrt().unsqueeze(1))
+            out[block] = _softmax_sketch(output[block], signs[block].to(output.dtype))
+        return out.mul_(omega(output, target).sqrt().unsqueeze(1))
 
     return Loss(
         "CrossEntropyLoss",

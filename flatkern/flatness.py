@@ -98,7 +98,7 @@ def sharpness(
     settings = Settings(method, rtol, samples, seed, per_layer, per_parameter, budget(max_memory))
     roots = Roots(
         exact=lambda output, _: identity_cotangents(output),
-        sketch=lambda _output, _target, signs: signs,
+        sketch=lambda output, _target, signs: signs.to(output.dtype),
         columns=lambda output: output[0].numel(),
         weight=lambda output, _: float(len(output)),
         denominator=lambda total: total,

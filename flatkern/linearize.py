@@ -15,7 +15,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge, saved_te
 from flatkern.capture import Coverage, LayerCall, match_parameters, record_calls
 from flatkern.chunk_plan import ChunkPlan, note
 from flatkern.graph import Graph, Layouts, compare_batches, first_with_samples, shapes_of
-from flatkern.placement import check_layouts, strays
+from flatkern.placement import check_layouts
 from flatkern.problem import DEFAULT_MAX_MEMORY, check_output, preserve_state
 from flatkern.samples import count_samples, take, tensors_in
 from flatkern.uses import Uses, find_uses
@@ -169,17 +169,6 @@ def _misplaced(calls: Sequence[LayerCall], n: int) -> frozenset[str]:
     return frozenset(names)
 
 
-def _touched_by_others(run: _Run) -> frozenset[str]:
-    """Layers where the cotangent of one sample alone shows in another sample's row of axis 0.
-
-    Shapes cannot tell a sequence axis of the same length, or samples in another order, from the samples' axis. Each
-    sample is tried: one that reads only the matching position would pass alone.
-    """
-    reached = [(c.name, c.output_edge) for c in run.calls if c.output_edge is not None]
-    found = strays(run.output, [edge for _, edge in reached], lambda _, g, i: [g[:i], g[i + 1 :]])
-    return frozenset(reached[index][0] for index in found)
-
-
 def _check_independence(few: Tensor, among_others: Tensor) -> None:
     """Refuse a model whose output for a sample depends on the rest of its batch."""
     common = min(len(few), len(among_others))
@@ -225,7 +214,6 @@ class _Chunks:
         if self.n > 1:
             with preserve_state(model):
                 self._few = _probe(model, take(x, slice(0, 2)), parameters, with_input, forward)
-            self.ambiguous = _touched_by_others(self._few)
 
     def plan(self, cotangents: int | None, own_roots: bool, keep_cotangents: bool) -> ChunkPlan | None:
         """How samples are chunked; ``None`` for a single one."""
@@ -304,8 +292,12 @@ class _Chunks:
                 last = _outline(model, take(part, slice(n - 1, n)), self._forward).output
             _check_independence(last.detach(), output[-1:])
         self._layouts = compare_batches(few.graph, 2, other.graph, len(other.output))
-        if self._layouts is not None:
-            check_layouts(few.output, few.graph, self._layouts, self._parameters)
+        # Shapes cannot tell a sequence axis of the same length, or samples in another order, from the samples' axis.
+        # Each sample is tried: one that reads only the matching position would pass alone.
+        reached = [(c.name, c.output_edge) for c in few.calls if c.output_edge is not None]
+        edges = [edge for _, edge in reached]
+        found = check_layouts(few.output, few.graph, self._layouts, self._parameters, edges)
+        self.ambiguous = frozenset(reached[index][0] for index in found)
 
 
 def linearizations(
