@@ -62,11 +62,12 @@ def sample_axes(
     parameters: Mapping[str, Tensor],
     forward: Callable[[nn.Module, Any], tuple[Tensor, Any]] | None = None,
     few: int = FEW,
+    wanted: Callable[[Tape], bool] = lambda _: True,
 ) -> tuple[Tape, dict[int, tuple[int, bool]]]:
     """Find the samples' axis in every differentiable value, on the first few samples.
 
     The cotangents of values that belong to sample i are scaled by 2^i, exactly, when the output's are. With ``few`` 1
-    there is nothing to find.
+    there is nothing to find; nothing is looked for either where ``wanted`` says no of the run's tape.
 
     Returns:
         The small run's tape, and (axis, innermost) by index of the value; values are absent that no axis fits.
@@ -75,6 +76,8 @@ def sample_axes(
     with preserve_state(model):
         tape, output = record(model, take(x, slice(0, m)), parameters, forward)
     found: dict[int, tuple[int, bool]] = {}
+    if not wanted(tape):
+        return tape, found
     values = [v for v in tape.values if v.edge is not None]
     if output.grad_fn is None or not values:
         return tape, found

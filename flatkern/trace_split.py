@@ -23,7 +23,7 @@ from flatkern.residual import Chunk, Sites, Twice, linearize
 from flatkern.results import Estimate, HessianTrace
 from flatkern.sample_axis import footprint, sample_axes
 from flatkern.samples import count_samples, take
-from flatkern.tape import UnsupportedError
+from flatkern.tape import Tape, UnsupportedError
 
 __all__ = ["Goal", "Split"]
 
@@ -329,16 +329,22 @@ class Split:
     def _chunks(self, x: Any, y: Tensor | None) -> Iterator[tuple[Chunk, Tensor]]:
         forward = LossData(self.model, self.data, self.forward).forward
         n = count_samples(x)
-        runs = {False: sample_axes(self.model, x, self.parameters, forward)}
-        plan = _Recorded(
-            self.max_memory,
-            footprint(runs[False][0]) // max(1, len(runs[False][0].final.tensor)),
-            sum(p.numel() * p.element_size() for p in self.parameters.values()),
-        )
-        note(plan)
-        step = plan.samples(n)
+        own = sum(p.numel() * p.element_size() for p in self.parameters.values())
+
+        def plan(tape: Tape) -> _Recorded:
+            return _Recorded(self.max_memory, footprint(tape) // max(1, len(tape.final.tensor)), own)
+
+        # where one sample is a chunk, its cotangents for several at once would be the peak
+        runs = {
+            False: sample_axes(
+                self.model, x, self.parameters, forward, wanted=lambda tape: plan(tape).samples(n) > 1
+            )
+        }
+        chunks = plan(runs[False][0])
+        note(chunks)
+        step = chunks.samples(n)
         if step == 1:
-            del runs[False]  # before the next one: it is as large as several chunks
+            del runs[False]
         for start in range(0, n, step):
             part = slice(start, min(start + step, n))
             alone = part.stop - start == 1  # a batch of one may take other operations (expand does nothing)
