@@ -66,8 +66,9 @@ class ChunkPlan:
         """Bytes for a chunk of a batch of ``n``: the budget, or less where two gradients take less."""
         if not self.frugal:
             return self.max_memory
-        # parameter gradients come while the graph is freed
-        gradient = n * (self.saved - self.given + 2 * self.entry * self.outputs) + self.parameters // 2
+        # parameter gradients come while the graph is freed; many cotangents of their own are what exactness needs
+        outputs = self.outputs * (2 + self.roots * (self.cotangents - 1))
+        gradient = n * (self.saved - self.given + self.entry * outputs) + self.parameters // 2
         return frugal_limit(gradient, self.max_memory)
 
     def samples(self, n: int) -> int:
