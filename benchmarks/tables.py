@@ -358,6 +358,56 @@ def hessian_trace(result: dict[str, Any]) -> str:
     )
 
 
+def memory(result: dict[str, Any]) -> str:
+    """Peak bytes of named quantities beside those of one gradient, and a language model."""
+    mib = 2**20
+    digits = [
+        [
+            r["model"],
+            r["way"],
+            f"{r['gradient_bytes'] / mib:.1f}",
+            f"{r['bytes'] / mib:.1f}",
+            f"**{r['over_gradient']:.2f}**",
+            f"{r['planned_bytes'] / mib:.1f}",
+            f"{r['planned_over_found']:.2f}",
+        ]
+        for r in result["rows"]
+        if r["part"] == "digits"
+    ]
+    language = [r for r in result["rows"] if r["part"] == "language"]
+    unit = next((r for r in language if r["way"] == "gradient"), None)
+    text = (
+        "## Memory\n\n"
+        "Bytes of tensors at the peak, beside those of one gradient of the same loss on the same batch, and what\n"
+        "`fk.plan` says before the call. Chunks of samples are cut to two gradients' memory (or 8 MiB, where two\n"
+        "gradients take less). `geometry` keeps N cotangents a sample at every layer's input at once, up to\n"
+        "`max_memory`.\n\n"
+        "`python -m benchmarks.bench_memory`\n\n"
+        + _table(
+            ["model", "quantity", "gradient MiB", "MiB", "ratio", "planned MiB", "planned / found"], digits
+        )
+    )
+    if unit is not None:
+        rows = [
+            [
+                r["way"],
+                f"{r['cpu_s']:.1f}",
+                f"**{r['cpu_s'] / unit['cpu_s']:.1f}**",
+                f"{r['resident_bytes'] / mib:.0f}",
+                f"**{r['resident_bytes'] / unit['resident_bytes']:.2f}**",
+            ]
+            for r in language
+        ]
+        text += (
+            f"\n### GPT-2, {unit['parameters'] / 1e6:.0f}M parameters, 50,257 tokens\n\n"
+            f"{unit['samples']} sequences of {unit['length']} tokens, random weights, float32, the head tied to the\n"
+            "embedding. The resident set is that above model and data, in a process of its own; seconds and ratios\n"
+            "include the checks at the beginning of a call.\n\n"
+            + _table(["quantity", "CPU s", "in gradients", "resident MiB", "over a gradient's"], rows)
+        )
+    return f"{text}\n{_settings(result)}"
+
+
 SECTIONS = {
     "operators": operators,
     "lanczos": lanczos,
@@ -368,6 +418,7 @@ SECTIONS = {
     "ggn_trace": ggn_trace,
     "hessian_trace": hessian_trace,
     "ggn_spectrum": ggn_spectrum,
+    "memory": memory,
     "kernels": kernels,
     "probes": probes,
     "attention": attention,

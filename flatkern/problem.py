@@ -242,7 +242,10 @@ def check_input(x: Tensor, *, differentiable: bool, name: str = "x") -> None:
 def check_output(model: nn.Module, output: Any, n: int) -> Tensor:
     """Refuse outputs that are not one tensor of n samples, or not finite (naming the bad parameter)."""
     if not isinstance(output, Tensor):
-        raise TypeError(f"model: its output must be one tensor, got {type(output).__name__}; wrap the model")
+        raise TypeError(
+            f"model: its output must be one tensor, got {type(output).__name__}; wrap the model, or say "
+            "forward=(model, batch) -> (output, target) where that is an argument"
+        )
     if output.ndim == 0 or output.shape[0] != n:
         raise ValueError(
             f"model: output shape {tuple(output.shape)} does not start with the number of samples, {n}"

@@ -43,17 +43,23 @@ class Goal:
         """The standard error aimed at, given the trace."""
         return max((self.rtol or 0.0) * abs(value), self.atol or 0.0)
 
-    def probes(self, spread: Spread, exact: float, denominator: float, *, share: float = 1.0) -> int:
+    def probes(
+        self, spread: Spread, exact: float, denominator: float, *, share: float = 1.0, taken: float = 0.0
+    ) -> int:
         """Probes that meet the tolerance (of which ``share`` of the variance is ours), at least 2.
 
         Args:
             spread: of the residual's numerator over all samples.
             exact: what is added to the residual.
             denominator: of the loss.
+            share: of the tolerance's square that is left for the residual.
+            taken: standard error that what is added has itself (a sketch's); at least a quarter of the square
+                stays for the residual.
         """
         if not denominator > 0 or spread.variance == 0.0:
             return 2
         tolerance = self.tolerance(exact + spread.mean / denominator) * share**0.5
+        tolerance = max(tolerance**2 - taken**2, tolerance**2 / 4) ** 0.5
         if tolerance == 0.0:
             return self.max_samples + 1
         variance = spread.variance / denominator**2

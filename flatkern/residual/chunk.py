@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from flatkern.problem import check_output, preserve_state
 from flatkern.residual.change import Entry
 from flatkern.residual.entries import find_entries
 from flatkern.sample_axis import SampleAxis, check_alike
+from flatkern.samples import count_samples
 from flatkern.tape import Op, Tape, UnsupportedError, record
 
 __all__ = ["Chunk", "linearize"]
@@ -47,19 +49,20 @@ class Chunk:
 
 def linearize(
     model: nn.Module,
-    x: Tensor,
+    x: Any,
     parameters: Mapping[str, Tensor],
     small: Tape,
     places: Mapping[int, tuple[int, bool]],
+    forward: Callable[[nn.Module, Any], tuple[Tensor, Any]] | None = None,
 ) -> Chunk:
     """Run the model on a chunk and find out what is proven and where the rest enters.
 
     Raises:
         UnsupportedError: the run cannot be represented, or differs from the small one.
     """
-    n = len(x)
+    n = count_samples(x)
     with preserve_state(model):
-        tape, output = record(model, x, parameters)
+        tape, output = record(model, x, parameters, forward)
     check_output(model, output, n)
     check_alike(small, tape)
     axes = {}

@@ -155,7 +155,9 @@ class Direct(Entry):
     def _placed(self, draws: Draws) -> Tensor:
         signs = draws.signs((self._name,), (self.axis.n, *self._source.tensor.shape))
         for view in self._views:
-            signs = vmap(lambda d, view=view: view.run(lambda _: d)[0])(signs)
+            signs = vmap(lambda d, view=view: view.run(lambda v: d if v is view.args[0] else v.tensor)[0])(
+                signs
+            )
         if self._place >= 0:
             signs = signs.squeeze(self._place + 1)
         shape = self.output.shape
