@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from flatkern._loss_roots import with_roots
 from flatkern.jacobian_trace import Method, Roots, Settings, estimate_trace
+from flatkern.left_as_found import leaves_as_found
 from flatkern.linearize import Forward, budget, linearizations
 from flatkern.loss_data import LossData, check_target, output_gradient, separate_loss
 from flatkern.losses import Reduction, identity_cotangents
@@ -29,6 +30,7 @@ __all__ = ["ggn_trace", "gradient_norms", "sharpness"]
 
 
 @differentiation()
+@leaves_as_found
 def sharpness(
     model: nn.Module,
     x: Any,
@@ -108,6 +110,7 @@ def sharpness(
 
 
 @differentiation()
+@leaves_as_found
 def ggn_trace(
     model: nn.Module,
     loss_fn: object,
@@ -186,6 +189,7 @@ def ggn_trace(
 
 
 @differentiation()
+@leaves_as_found
 def gradient_norms(
     model: nn.Module,
     loss_fn: object,

@@ -13,6 +13,7 @@ from flatkern.curvature_rows import CurvatureRows, Survey
 from flatkern.estimators.eigenpairs import eigsh
 from flatkern.ggn_entries import summed_products
 from flatkern.gradient_rows import gram
+from flatkern.left_as_found import leaves_as_found
 from flatkern.linearize import Forward, budget
 from flatkern.losses import Reduction
 from flatkern.operators import ggn
@@ -59,6 +60,7 @@ class GGNSpectrum:
 
 
 @differentiation()
+@leaves_as_found
 def ggn_spectrum(
     model: nn.Module,
     loss_fn: object,

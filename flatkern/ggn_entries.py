@@ -15,6 +15,7 @@ from flatkern.gradient_gram import Gradients
 from flatkern.layers.embedding import RowsTerm
 from flatkern.layers.outer import OuterTerm
 from flatkern.layers.term import DenseTerm, Term, chunks
+from flatkern.left_as_found import leaves_as_found
 from flatkern.linearize import Forward, Linearization, budget
 from flatkern.losses import Reduction
 from flatkern.parameter_rows import explicit_rows
@@ -63,6 +64,7 @@ def check_fisher(fisher: str, samples: int, seed: int) -> Kind:
 
 
 @differentiation()
+@leaves_as_found
 def ggn_diagonal(
     model: nn.Module,
     loss_fn: object,
@@ -178,6 +180,7 @@ def _rows_squared(term: RowsTerm) -> Tensor:
 
 
 @differentiation()
+@leaves_as_found
 def ggn_matrix(
     model: nn.Module,
     loss_fn: object,

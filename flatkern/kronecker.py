@@ -12,6 +12,7 @@ from flatkern.curvature_rows import CurvatureRows
 from flatkern.ggn_entries import check_fisher
 from flatkern.kronecker_blocks import CurvatureBlock, Function
 from flatkern.kronecker_factors import Approximation, Block, groups_of, plan
+from flatkern.left_as_found import leaves_as_found
 from flatkern.linearize import Forward, budget
 from flatkern.losses import Reduction
 from flatkern.operators.base import LinearOperator
@@ -125,6 +126,7 @@ def _checked(delta: Any, *, positive: bool) -> float:
 
 
 @differentiation()
+@leaves_as_found
 def kfac(
     model: nn.Module,
     loss_fn: object,

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
 
 from flatkern.operators.batches import reading
 from flatkern.problem import preserve_state
 
-__all__ = ["left_as_found"]
+__all__ = ["leaves_as_found", "left_as_found"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @contextmanager
@@ -22,3 +27,19 @@ def left_as_found(model: nn.Module, data: Any) -> Iterator[None]:
     """
     with preserve_state(model, allow_random=True), reading(data):
         yield
+
+
+def leaves_as_found(function: Callable[P, R]) -> Callable[P, R]:
+    """:func:`left_as_found` around calls of a function of ``model`` and ``data`` (or ``x``)."""
+    signature = inspect.signature(function)
+    source = "data" if "data" in signature.parameters else "x"
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        given = signature.bind(*args, **kwargs).arguments
+        if not isinstance(given["model"], nn.Module):  # the function says so
+            return function(*args, **kwargs)
+        with left_as_found(given["model"], given[source]):
+            return function(*args, **kwargs)
+
+    return call

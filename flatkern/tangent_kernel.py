@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flatkern.gradient_rows import GradientRows, gram
+from flatkern.left_as_found import leaves_as_found
 from flatkern.linearize import Forward, budget
 from flatkern.loss_data import LossData
 from flatkern.losses import identity_cotangents
@@ -28,6 +29,7 @@ __all__ = ["ntk"]
 
 
 @differentiation()
+@leaves_as_found
 def ntk(
     model: nn.Module,
     x: Any,

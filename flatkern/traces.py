@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from flatkern.estimators.common import check_positive, make_generator
+from flatkern.left_as_found import leaves_as_found
 from flatkern.linearize import Forward, budget
 from flatkern.losses import Reduction, resolve_loss
 from flatkern.problem import (
@@ -28,6 +29,7 @@ Method = Literal["auto", "sites", "double-backward", "hutchinson"]
 
 
 @differentiation()
+@leaves_as_found
 def hessian_trace(
     model: nn.Module,
     loss_fn: object,

@@ -316,3 +316,31 @@ def test_half_precision_does_not_overflow():
     g = fk.geometry(nn.Linear(60, 3).half(), x)
     torch.testing.assert_close(g.input_norm_sq, x.double().square().sum(1))
     assert torch.isfinite(g.sharpness.per_sample).all()
+
+
+LOADED = {
+    "ggn_trace": lambda m, d: fk.ggn_trace(m, torch.nn.CrossEntropyLoss(), d),
+    "hessian_trace": lambda m, d: fk.hessian_trace(m, torch.nn.CrossEntropyLoss(), d),
+    "gradient_norms": lambda m, d: fk.gradient_norms(m, torch.nn.CrossEntropyLoss(), d),
+    "ggn_diagonal": lambda m, d: fk.ggn_diagonal(m, torch.nn.CrossEntropyLoss(), d),
+    "ggn_matrix": lambda m, d: fk.ggn_matrix(m, torch.nn.CrossEntropyLoss(), d),
+    "ggn_spectrum": lambda m, d: fk.ggn_spectrum(m, torch.nn.CrossEntropyLoss(), d),
+    "kfac": lambda m, d: fk.kfac(m, torch.nn.CrossEntropyLoss(), d),
+    "flatness": lambda m, d: fk.flatness(m, torch.nn.CrossEntropyLoss(), d, quantities=["loss", "ggn_trace"]),
+    "hessian": lambda m, d: fk.hessian(m, torch.nn.CrossEntropyLoss(), d) @ torch.ones(43),
+}
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["global generator", "own generator"])
+@pytest.mark.parametrize("name", LOADED)
+def test_reading_a_loader_moves_no_generator(name, own):
+    """A DataLoader draws a seed whenever it is read, from its own generator or the global one."""
+    torch.manual_seed(3)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+    data = torch.utils.data.TensorDataset(torch.randn(12, 4), torch.arange(12) % 3)
+    generator = torch.Generator().manual_seed(1) if own else None
+    loader = torch.utils.data.DataLoader(data, batch_size=5, generator=generator)
+    before, states = torch.get_rng_state(), None if generator is None else generator.get_state()
+    LOADED[name](model, loader)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert generator is None or torch.equal(generator.get_state(), states)
