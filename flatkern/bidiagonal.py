@@ -32,6 +32,18 @@ class Bidiagonals:
     residuals: Tensor
     """β_{m+1} |q_m|, [R, m]: a singular value of A lies within it of s."""
 
+    def from_zero(self) -> tuple[Tensor, Tensor]:
+        """Singular values and weights [R, m] of Gauss–Radau quadrature with one more node at 0.
+
+        Its Jacobi matrix is B Bᵀ with the m + 1 rows of B = [L; β_{m+1} e_mᵀ], so nothing is squared. What the weights
+        lack to 1 lies at 0: never less than the true weight there.
+        """
+        m = self.lower.shape[1]
+        last = self.lower.new_zeros(len(self.lower), 1, m)
+        last[:, 0, -1] = self.coupling
+        left, values, _ = torch.linalg.svd(torch.cat([self.lower, last], 1), full_matrices=False)
+        return values, left[:, 0].square()
+
     @property
     def captured(self) -> tuple[Tensor, Tensor]:
         """Tr QᵀCQ and ‖CQ‖_F² with C = A Aᵀ and Q the m basis vectors on the U side, [R] each."""

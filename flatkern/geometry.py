@@ -45,6 +45,7 @@ def geometry(
     max_steps: int = 100,
     probes: int = 4,
     volume_steps: int = 40,
+    positions: bool = False,
     params: ParameterSelection = None,
     seed: int = 0,
     max_memory: int | None = None,
@@ -82,6 +83,8 @@ def geometry(
         max_steps: matrix-free: the most steps for that.
         probes: matrix-free: signs for norms, dimensionality, volume and sharpness; 0: σ_max only.
         volume_steps: matrix-free: Golub–Kahan steps a probe for the volumes; 0: no volume (NaN).
+        positions: by cotangents: also Σ_t ‖∂f/∂z_t‖² at the layers' outputs z, position by position, for the inequalities
+            of :func:`flatkern.bounds` where weights are shared.
         params: names or globs of the parameters of the sharpness; default all with ``requires_grad``, ``()`` for none.
         seed: of the random starts and signs.
         max_memory: bytes of the working set; default 1 GiB.
@@ -125,7 +128,7 @@ def geometry(
     with segment(model, source, target) as part:
         size = size_of(model, x, part, subspace)
         way = _way(method, size, settings, limit)
-        job = Job(model, x, part, size, layers, settings, limit, seed)
+        job = Job(model, x, part, size, layers, settings, limit, seed, positions)
         if way == "cotangents":
             measured, rows = job.by_cotangents(parameters)
             return assemble(measured, rows, part, started, has_parameters=bool(parameters))
@@ -141,7 +144,12 @@ def _settings(
         raise ValueError(f"method: expected one of {', '.join(map(repr, _METHODS))}, got {method!r}")
     if not 0 < rtol < 1:
         raise ValueError(f"rtol: expected a relative error between 0 and 1, got {rtol!r}")
-    numbers = (("max_steps", max_steps, 1), ("probes", probes, 0), ("volume_steps", volume_steps, 0), ("seed", seed, 0))
+    numbers = (
+        ("max_steps", max_steps, 1),
+        ("probes", probes, 0),
+        ("volume_steps", volume_steps, 0),
+        ("seed", seed, 0),
+    )
     for name, value, least in numbers:
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from flatkern.geometry_krylov import CONFIDENCE, KrylovChunk, KrylovSettings
+from flatkern.geometry_krylov import CONFIDENCE, QUADRATURE_FLOOR, KrylovChunk, KrylovSettings
 from flatkern.geometry_products import ProductsChunk, join_product_layers, mean_error
 from flatkern.geometry_results import Geometry, mean_of
 from flatkern.geometry_rows import RowsChunk, join_layers
@@ -58,7 +58,18 @@ def assemble(
     sharpness = mean_of(torch.cat([c.gradient_sq for c in chunks]), seconds)
     image_sq = torch.cat([c.image_sq for c in chunks])
     return _exact(
-        measured, spectrum, outputs, part, layers, notes, sharpness, nmls, image_sq, seconds, "cotangents", outputs
+        measured,
+        spectrum,
+        outputs,
+        part,
+        layers,
+        notes,
+        sharpness,
+        nmls,
+        image_sq,
+        seconds,
+        "cotangents",
+        outputs,
     )
 
 
@@ -87,10 +98,23 @@ def assemble_products(
     if spectra:
         spectrum = Spectrum.concatenate(spectra)
         return _exact(
-            measured, spectrum, outputs, part, layers, notes, sharpness, nmls, image_sq, seconds, "tangents", passes
+            measured,
+            spectrum,
+            outputs,
+            part,
+            layers,
+            notes,
+            sharpness,
+            nmls,
+            image_sq,
+            seconds,
+            "tangents",
+            passes,
         )
     found = KrylovChunk.concatenate([c.krylov for c in chunks if c.krylov is not None])
-    return _iterated(measured, found, outputs, part, layers, notes, sharpness, nmls, image_sq, seconds, settings, passes)
+    return _iterated(
+        measured, found, outputs, part, layers, notes, sharpness, nmls, image_sq, seconds, settings, passes
+    )
 
 
 def _exact(
@@ -147,7 +171,10 @@ def _bound(measured: Measured, outputs: int) -> tuple[int, str]:
     if outputs > measured.inputs and bound == measured.inputs:
         return bound, f"N = {outputs} outputs exceed M = {bound} inputs: det J Jᵀ = 0, log-volume −inf"
     if bound < outputs:
-        return bound, f"rank ≤ {bound} < N = {outputs}, as all goes through {where}: det J Jᵀ = 0, log-volume −inf"
+        return (
+            bound,
+            f"rank ≤ {bound} < N = {outputs}, as all goes through {where}: det J Jᵀ = 0, log-volume −inf",
+        )
     return bound, ""
 
 
@@ -165,7 +192,9 @@ def _iterated(
             f"σ_max: {unfinished} of {len(found.sigma)} samples have a residual above rtol = {settings.rtol:g} after "
             f"{settings.max_steps} steps; raise max_steps"
         )
-    upper = f"upper: with probability {CONFIDENCE} over the random starts, for all samples of a chunk together"
+    upper = (
+        f"upper: with probability {CONFIDENCE} over the random starts, for all samples of a chunk together"
+    )
     deficient = found.deficient if bound == outputs else torch.ones_like(found.deficient)
     if bound == outputs and bool(deficient.any()):
         reason = (
@@ -178,7 +207,7 @@ def _iterated(
     measured_volume = settings.probes > 0 and settings.volume_steps > 0
     about = (
         f"values: Gauss quadrature, never too small for a probe; lower: Gauss–Radau, if no singular value is below "
-        f"{tolerance:.3g} of the largest; errors: of the probes"
+        f"{max(tolerance, QUADRATURE_FLOOR):.3g} of the largest; errors: of the probes"
         if measured_volume
         else "not estimated: volume_steps = 0 or probes = 0"
     )
@@ -193,9 +222,7 @@ def _iterated(
         lower=torch.where(deficient, -math.inf, found.volume_lower),
         upper=None,
     )
-    pseudo_note = (
-        f"singular values above {tolerance:.3g} of the largest, as far as {settings.volume_steps} steps tell them from 0"
-    )
+    pseudo_note = f"singular values above {tolerance:.3g} of the largest, as far as {settings.volume_steps} steps tell them from 0"
     ranks = found.rank.clamp(max=bound)
     return Geometry(
         sharpness=sharpness,

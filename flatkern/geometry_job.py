@@ -66,6 +66,7 @@ class Job:
     settings: KrylovSettings
     limit: int
     seed: int
+    positions: bool = False
 
     def by_cotangents(self, parameters: dict[str, nn.Parameter]) -> tuple[Measured, list[RowsChunk]]:
         """Exact, all layers."""
@@ -74,7 +75,11 @@ class Job:
         for lin in self._chunks(parameters, self.size.outputs, self.limit):
             source = self._source(lin, measured)
             calls = chosen_calls(self._between(lin, source), self.layers)
-            chunks.append(measure_rows(self.model, lin, source, parameters, calls, self.size.subspace))
+            chunks.append(
+                measure_rows(
+                    self.model, lin, source, parameters, calls, self.size.subspace, positions=self.positions
+                )
+            )
             del lin, source, calls
         return measured, chunks
 
@@ -165,7 +170,8 @@ class Job:
             call
             for call in lin.calls
             if call.input_edge is not None
-            and reaches(lin.output, call.input_edge)
+            and call.output_edge is not None
+            and reaches(lin.output, call.output_edge)
             and _leads_to(call.input_edge.node, source)
         ]
 

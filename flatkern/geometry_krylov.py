@@ -14,10 +14,20 @@ from flatkern.estimators.quadrature import Tridiagonals
 from flatkern.sample_map import SampleMap
 from flatkern.spectra import rank_tolerance
 
-__all__ = ["CONFIDENCE", "KrylovChunk", "KrylovSettings", "LargestSingular", "largest_singular", "measure_krylov"]
+__all__ = [
+    "CONFIDENCE",
+    "QUADRATURE_FLOOR",
+    "KrylovChunk",
+    "KrylovSettings",
+    "LargestSingular",
+    "largest_singular",
+    "measure_krylov",
+]
 
 CONFIDENCE = 0.95
 """Of the upper bound on σ_max, over the random start."""
+QUADRATURE_FLOOR = 1e-7
+"""Singular values below this times the largest are lost where their squares are handled in float64."""
 _CHECK_EVERY = 4
 
 
@@ -113,15 +123,11 @@ def largest_singular(
     return LargestSingular(top, residual, upper, good, found.values[:, :leading], found, run.basis)
 
 
-def measure_krylov(
-    jacobians: SampleMap, settings: KrylovSettings, generator: torch.Generator
-) -> KrylovChunk:
+def measure_krylov(jacobians: SampleMap, settings: KrylovSettings, generator: torch.Generator) -> KrylovChunk:
     """All quantities of a chunk of samples, on the smaller side S = min(N, M) of their Jacobians."""
     n, outputs, inputs = jacobians.n, jacobians.outputs, jacobians.inputs
     size = min(outputs, inputs)
-    there, back = (
-        (jacobians.pull, jacobians.push) if outputs <= inputs else (jacobians.push, jacobians.pull)
-    )
+    there, back = (jacobians.pull, jacobians.push) if outputs <= inputs else (jacobians.push, jacobians.pull)
     like = jacobians.like
 
     def rows(product: Product) -> Product:
@@ -136,9 +142,7 @@ def measure_krylov(
     limit = rank_tolerance(size, like.dtype) * top.values
     if probes and settings.volume_steps:
         starts = torch.cat([p / math.sqrt(size) for p in probes])
-        run = LockstepBidiagonalization(
-            rows(there), rows(back), starts, min(size, settings.volume_steps)
-        )
+        run = LockstepBidiagonalization(rows(there), rows(back), starts, min(size, settings.volume_steps))
         for _ in range(min(size, settings.volume_steps)):
             run.step()
         volume = _volumes(run.bidiagonals(), len(probes), size, limit)
@@ -183,30 +187,28 @@ def _energies(
 def _volumes(found: Bidiagonals, probes: int, size: int, limit: Tensor) -> tuple[Tensor, ...]:
     """Volume, its error and lower bound, deficiency, pseudo-volume and rank with their errors, from the k runs."""
     limit = limit.cpu()
-    over_runs = limit.repeat(probes)[:, None]
+    over_runs = limit.repeat(probes)
     tiny = torch.finfo(torch.float64).tiny
-    logs = found.values.clamp_min(tiny).log()
     seen = found.weights > 1e-24  # what an exhausted run put there has none
+    logs = found.values.clamp_min(tiny).log()
     gauss = size * torch.where(seen, found.weights * logs, 0.0).sum(1)
     least = torch.where(seen, found.values, math.inf).min(1).values
     deficient = (least.reshape(probes, -1) <= limit).any(0) | (limit == 0)
+    # the lower bound: one node at the least value a λ_min may have, as far as squares resolve it
+    floor = torch.minimum(torch.maximum(over_runs, QUADRATURE_FLOOR * found.values[:, 0]), least).square()
     diagonal = found.lower.diagonal(dim1=1, dim2=2)
     below = torch.nn.functional.pad(found.lower.diagonal(offset=-1, dim1=1, dim2=2), (1, 0))
     following = torch.cat([below[:, 1:], found.coupling[:, None]], 1)
-    runs = Tridiagonals.of_runs(diagonal.square() + below.square(), diagonal * following)
-    lower, pseudo, rank = [], [], []
-    for r in range(len(gauss)):  # each run has its own node; the matrices are of the number of steps
-        one = Tridiagonals(runs.diagonal[r : r + 1], runs.off_diagonal[r : r + 1])
-        floor = float(over_runs[r, 0]) ** 2
-        rule = one.radau(min(floor, float(least[r]) ** 2))
-        lower.append(size / 2 * (rule.weights * rule.nodes.clamp_min(max(floor, tiny)).log()).sum())
-        rule = one.radau(0.0) if float(least[r]) > 0 else one.gauss()
-        kept = rule.nodes > floor
-        pseudo.append(size / 2 * (rule.weights * torch.where(kept, rule.nodes.clamp_min(tiny).log(), 0.0)).sum())
-        rank.append(size * (rule.weights * kept).sum())
-    by_probe = [v.reshape(probes, -1) for v in (gauss, torch.stack(pseudo), torch.stack(rank))]
+    rule = Tridiagonals.of_runs(diagonal.square() + below.square(), diagonal * following).radau(floor)
+    nodes = torch.maximum(rule.nodes, floor[:, None]).clamp_min(tiny)
+    lower = size / 2 * (rule.weights * nodes.log()).sum(1)
+    values, weights = found.from_zero()
+    kept = values > over_runs[:, None]
+    pseudo = size * torch.where(kept, weights * values.clamp_min(tiny).log(), 0.0).sum(1)
+    rank = size * torch.where(kept, weights, 0.0).sum(1)
+    by_probe = [v.reshape(probes, -1) for v in (gauss, pseudo, rank)]
     (volume, volume_error), (pseudo_mean, pseudo_error), (rank_mean, rank_error) = map(_mean, by_probe)
-    least_volume = torch.stack(lower).reshape(probes, -1).mean(0)
+    least_volume = lower.reshape(probes, -1).mean(0)
     return (
         volume,
         volume_error,

@@ -131,7 +131,9 @@ def join_product_layers(chunks: Sequence[ProductsChunk]) -> dict[str, LayerGeome
     """The layers of all chunks of samples together."""
     called = [(layer.name, layer.module) for layer in chunks[0].layers]
     if any([(layer.name, layer.module) for layer in c.layers] != called for c in chunks):
-        raise ValueError("model: it calls its layers in another order for other samples; measure fewer layers")
+        raise ValueError(
+            "model: it calls its layers in another order for other samples; measure fewer layers"
+        )
     layers = {}
     for i, name in enumerate(named_calls([layer_name for layer_name, _ in called])):
         parts = [c.layers[i] for c in chunks]

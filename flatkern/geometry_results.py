@@ -162,7 +162,9 @@ class Geometry:
             ValueError: by iteration, which does not find σ_min.
         """
         if self._spectrum is None:
-            raise ValueError("condition_number: the matrix-free way does not find the smallest singular value")
+            raise ValueError(
+                "condition_number: the matrix-free way does not find the smallest singular value"
+            )
         values, deficient = self._spectrum.condition_numbers()
         return PerSample(values, deficient)
 

@@ -79,7 +79,9 @@ def _first_layer(
         "Frobenius": log_mean_exp(outputs * g.frobenius.values.log()) - half * math.log(outputs),
     }
     first = next((layer for layer in g.layers.values() if layer.takes_model_input), None)
-    reason = "x does not enter, unchanged, a linear layer that was measured" if first is None else condition(first)
+    reason = (
+        "x does not enter, unchanged, a linear layer that was measured" if first is None else condition(first)
+    )
     whole = "x does not enter, unchanged, a linear layer that was measured" if first is None else condition(
         first, zeros=False, bias=True
     )  # fmt: skip
@@ -90,7 +92,9 @@ def _first_layer(
         chains.append(not_applicable("MLS", a, reason, "MLS per position" if shared else _bias(whole)))
         chains += [not_applicable(name, ma_ying[k], reason) for name, k in zip(names, powers, strict=True)]
         chains.append(
-            not_applicable("normalized MLS", normalized, reason, "normalized MLS per position" if shared else "")
+            not_applicable(
+                "normalized MLS", normalized, reason, "normalized MLS per position" if shared else ""
+            )
         )
         chains.append(not_applicable("LVR", lvr, reason, "LVR per position" if shared else ""))
     else:
@@ -124,7 +128,12 @@ def _with_weight(
     ma_ying: Mapping[float, dict[str, float]], lvr: dict[str, float], slack: float,
 ) -> list[Inequality]:  # fmt: skip
     """Those with ∂f/∂W₁ for a first layer that meets the conditions."""
-    n, outputs, norm_sq, gradient_sq = len(g.input_norm_sq), g.outputs, g.input_norm_sq, first.weight_gradient_sq
+    n, outputs, norm_sq, gradient_sq = (
+        len(g.input_norm_sq),
+        g.outputs,
+        g.input_norm_sq,
+        first.weight_gradient_sq,
+    )
     assert gradient_sq is not None
     half, log_s = outputs / 2, log_of(g.sharpness.value)
     inverse = 0.5 * log_of((1 / norm_sq).mean())
@@ -162,7 +171,11 @@ def _pointwise(g: Geometry, slack: float) -> Inequality:
     regular = torch.isfinite(volume)
     if not bool(regular.any()):
         return Inequality(
-            "pointwise dV", {"dV": -math.inf}, "holds", "every J_i is rank deficient: dV_i = 0", per_sample=logs
+            "pointwise dV",
+            {"dV": -math.inf},
+            "holds",
+            "every J_i is rank deficient: dV_i = 0",
+            per_sample=logs,
         )
     sides = {"dV": float(volume[regular].mean()), "Frobenius": float(frobenius[regular].mean())}
     excess = volume[regular] - frobenius[regular]
@@ -170,7 +183,11 @@ def _pointwise(g: Geometry, slack: float) -> Inequality:
     if worst > 0:
         i = int(excess.argmax())
         return Inequality(
-            "pointwise dV", sides, "violated", f"log dV exceeds its bound by {float(excess[i]):.3g}", per_sample=logs
+            "pointwise dV",
+            sides,
+            "violated",
+            f"log dV exceeds its bound by {float(excess[i]):.3g}",
+            per_sample=logs,
         )
     return Inequality("pointwise dV", sides, "holds", per_sample=logs)
 
@@ -231,7 +248,9 @@ def _nvr_left(g: Geometry, layers: Sequence[LayerGeometry]) -> dict[str, float]:
     half = g.outputs / 2
     if not layers or any(layer.log_volume is None or layer.frobenius_sq is None for layer in layers):
         return {}
-    frobenius = torch.stack([half * layer.frobenius_sq.log() for layer in layers if layer.frobenius_sq is not None])
+    frobenius = torch.stack(
+        [half * layer.frobenius_sq.log() for layer in layers if layer.frobenius_sq is not None]
+    )
     return {
         "NVR": g.log_nvr.value,
         "Frobenius": log_mean_exp(torch.logsumexp(frobenius, 0)) - half * math.log(g.outputs),

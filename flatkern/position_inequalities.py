@@ -57,7 +57,9 @@ def _first(
         "Frobenius": log_mean_exp(outputs * g.frobenius.values.log()) - half * math.log(outputs),
     }
     reason = (
-        "x does not enter, unchanged, a linear layer that was measured" if first is None else _condition(first)
+        "x does not enter, unchanged, a linear layer that was measured"
+        if first is None
+        else _condition(first)
     )
     if first is None or reason:
         return [
@@ -78,7 +80,9 @@ def _first(
         sides["bound"] = log_w + 0.5 * log_of((1 / least).mean()) + 0.5 * log_of(weighted.mean())
     else:
         why = f"{int((least == 0).sum())} samples have a position where x is zero: the last sides would be infinite"
-        sides["bound"] = log_w + 0.5 * log_of((1 / (least + 1)).mean()) + 0.5 * log_of((weighted + energy).mean())
+        sides["bound"] = (
+            log_w + 0.5 * log_of((1 / (least + 1)).mean()) + 0.5 * log_of((weighted + energy).mean())
+        )
     invariant = {**normalized, "bound": 2 * log_w + log_of((g.input_norm_sq * energy).mean())}
     volumes = {
         **lvr,

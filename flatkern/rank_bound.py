@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
@@ -12,8 +13,9 @@ from flatkern.layers.rule import operation
 
 __all__ = ["rank_bound", "reaches"]
 
-_NORMALIZED = frozenset({"Softmax", "LogSoftmax"})
-"""Operations whose outputs lie on a surface of one dimension less, row by row."""
+_NORMALIZED = frozenset({"Softmax", "LogSoftmax", "NativeLayerNorm"})
+"""Operations whose outputs lie on a surface of one dimension less, row by row: their sum, the sum of their exponentials,
+or the sum before the affine map is fixed."""
 
 
 def reaches(output: Tensor, source: GradientEdge) -> bool:
@@ -32,8 +34,10 @@ def rank_bound(output: Tensor, source: GradientEdge) -> tuple[int, str]:
     n = len(output)
     best, where = output[0].numel(), ""
     for node in _on_every_path(output.grad_fn, source.node):
-        entries = sum(shape.numel() for shape in shapes_of(node)) // n
-        rows = _rows(node, entries)
+        shapes = shapes_of(node)
+        outputs = shapes[:1] if operation(node) == "NativeLayerNorm" else shapes  # its others are statistics
+        entries = sum(shape.numel() for shape in outputs) // n
+        rows = _rows(node, n)
         if 0 < entries - rows < best:
             name = f"{operation(node)} with {entries} entries a sample"
             where = "the source" if node is source.node else name + (", normalized" if rows else "")
@@ -41,14 +45,20 @@ def rank_bound(output: Tensor, source: GradientEdge) -> tuple[int, str]:
     return best, where
 
 
-def _rows(node: Node, entries: int) -> int:
+def _rows(node: Node, samples: int) -> int:
     """How many normalized rows of a sample the operation puts out."""
     if operation(node) not in _NORMALIZED:
         return 0
     shape = shapes_of(node)[0]
+    if operation(node) == "NativeLayerNorm":
+        return (
+            shape.numel()
+            // max(1, torch.Size(getattr(node, "_saved_normalized_shape", ())).numel())
+            // samples
+        )
     dim = getattr(node, "_saved_dim", -1)
     dim = dim - (1 << 64) if dim >= 1 << 63 else dim  # saved as an unsigned number
-    return entries // max(1, shape[dim])
+    return shape.numel() // max(1, shape[dim]) // samples
 
 
 def _between(root: Node, source: Node) -> set[Node]:

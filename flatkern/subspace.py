@@ -25,7 +25,9 @@ def orthonormal_columns(subspace: Tensor | Sequence[int], entries: int) -> Tenso
         raise ValueError("subspace: it is empty")
     if not tensor.is_floating_point():
         if tensor.dtype == torch.bool or tensor.is_complex() or tensor.ndim != 1:
-            raise TypeError("subspace: expected columns [N, r] of floating point, or a list of indices of outputs")
+            raise TypeError(
+                "subspace: expected columns [N, r] of floating point, or a list of indices of outputs"
+            )
         indices = tensor.long()
         if bool(((indices < -entries) | (indices >= entries)).any()):
             raise ValueError(f"subspace: an index lies outside the {entries} entries of a sample's output")
