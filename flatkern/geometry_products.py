@@ -109,9 +109,11 @@ def _layer(
         jacobians = SampleMap(lin.output, call.input_edge, inputs.shape, subspace)
         small = min(jacobians.outputs, jacobians.inputs)
         start = torch.randn(n, small, generator=generator, dtype=torch.float64).to(lin.output)
-        there, back = jacobians.pull, jacobians.push
-        if jacobians.outputs > jacobians.inputs:
-            there, back = back, there
+        there, back = (
+            (jacobians.pull, jacobians.push)
+            if jacobians.outputs <= jacobians.inputs
+            else (jacobians.push, jacobians.pull)
+        )
         top = largest_singular(lambda u: there(u[None])[0], lambda v: back(v[None])[0], start, settings)
         sigma, residuals, upper = top.values, top.residuals, top.upper
     return _LayerChunk(

@@ -29,7 +29,10 @@ def position_inequalities(g: Geometry, norms: Mapping[str, float], slack: float)
 
 def _condition(layer: LayerGeometry) -> str:
     if layer.output_gradient_sq is None:
-        return f"no gradients were measured at the output of {layer.name!r}"
+        return (
+            f"no gradients were measured at the output of {layer.name!r}: take fk.geometry(..., positions=True), by "
+            "cotangents"
+        )
     if not layer.sole_consumer:
         return (
             f"the input of {layer.name!r} reaches the output by other ways too (a skip, or several consumers)"

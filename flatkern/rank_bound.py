@@ -14,8 +14,8 @@ from flatkern.layers.rule import operation
 __all__ = ["rank_bound", "reaches"]
 
 _NORMALIZED = frozenset({"Softmax", "LogSoftmax", "NativeLayerNorm"})
-"""Operations whose outputs lie on a surface of one dimension less, row by row: their sum, the sum of their exponentials,
-or the sum before the affine map is fixed."""
+"""Operations whose outputs lie on a surface of one dimension less, row by row: their sum (of exponentials; before the
+affine map) is fixed."""
 
 
 def reaches(output: Tensor, source: GradientEdge) -> bool:
