@@ -79,7 +79,7 @@ def bounds(
 
     They hold at any θ and for any loss, S being S_GN, never Tr H. All but ``pointwise dV`` need x to enter through one
     dense, unshared, untied W₁ (NMLS and NVR: every layer and its input). Where a condition fails (a skip, a sample of
-    norm zero, a frozen weight) the status is ``"not applicable"`` with the reason, and what is on the left is still given.
+    norm zero, a frozen weight) the status is ``"not applicable"`` with the reason, and what is on the left is there.
 
     Where a weight is shared over positions t (convolutions, tokens) the gradients of its copies can cancel, and what
     holds instead has the gradients position by position, P_i = Σ_t ‖∂f/∂z_t‖_F² ‖x_t‖² and G_i = Σ_t ‖∂f/∂z_t‖_F²:

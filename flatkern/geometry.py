@@ -74,7 +74,8 @@ def geometry(
             default all between source and target by cotangents, none in the other ways (where each costs a run of
             Golub–Kahan of its own, for σ_max). A layer called again counts again, as ``name#2``.
         source: a module's name: the derivative is in what goes into it (its first tensor argument), all that depends
-            on that tensor included, also what goes around the module; ``name#2`` for its second call. Default the input.
+            on that tensor included, also what goes around the module; ``name#2`` for its second call. Default: the
+            model's input.
         target: a module's name: f is what comes out of it (the first tensor). Default the model's output.
         subspace: measure Qᵀf instead of f: columns [N, r] (their span counts: they are orthonormalized), or indices of
             entries of the flattened output (classes).
@@ -83,8 +84,8 @@ def geometry(
         max_steps: matrix-free: the most steps for that.
         probes: matrix-free: signs for norms, dimensionality, volume and sharpness; 0: σ_max only.
         volume_steps: matrix-free: Golub–Kahan steps a probe for the volumes; 0: no volume (NaN).
-        positions: by cotangents: also Σ_t ‖∂f/∂z_t‖² at the layers' outputs z, position by position, for the inequalities
-            of :func:`flatkern.bounds` where weights are shared.
+        positions: by cotangents: also Σ_t ‖∂f/∂z_t‖² at the layers' outputs z, position by position, for the
+            inequalities of :func:`flatkern.bounds` where weights are shared.
         params: names or globs of the parameters of the sharpness; default all with ``requires_grad``, ``()`` for none.
         seed: of the random starts and signs.
         max_memory: bytes of the working set; default 1 GiB.

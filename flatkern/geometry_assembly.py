@@ -14,7 +14,7 @@ from flatkern.geometry_krylov import CONFIDENCE, QUADRATURE_FLOOR, KrylovChunk, 
 from flatkern.geometry_products import ProductsChunk, join_product_layers, mean_error
 from flatkern.geometry_results import Geometry, mean_of
 from flatkern.geometry_rows import RowsChunk, join_layers
-from flatkern.results import Estimate, PerSample, standard_error
+from flatkern.results import Estimate, PerSample
 from flatkern.segment import Segment
 from flatkern.spectra import Spectrum, rank_tolerance
 
@@ -222,7 +222,10 @@ def _iterated(
         lower=torch.where(deficient, -math.inf, found.volume_lower),
         upper=None,
     )
-    pseudo_note = f"singular values above {tolerance:.3g} of the largest, as far as {settings.volume_steps} steps tell them from 0"
+    pseudo_note = (
+        f"singular values above {tolerance:.3g} of the largest, as far as {settings.volume_steps} steps tell them "
+        "from 0"
+    )
     ranks = found.rank.clamp(max=bound)
     return Geometry(
         sharpness=sharpness,

@@ -43,7 +43,8 @@ class Size:
 
 def size_of(model: nn.Module, x: Tensor, part: Segment, subspace: Tensor | Sequence[int] | None) -> Size:
     """N, M and the columns Q, from one sample."""
-    with preserve_state(model):
+    # a source's place in the graph is found in a run with one
+    with preserve_state(model), torch.set_grad_enabled(part.source is not None):
         point = x[:1].detach().clone().requires_grad_(x.is_floating_point())
         output = model(point.clone())
     if not isinstance(output, Tensor) or output.ndim == 0:

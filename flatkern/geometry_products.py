@@ -1,4 +1,4 @@
-"""Geometry through products with the Jacobians: by all M tangents where inputs are few, matrix-free where nothing is."""
+"""Geometry through products with the Jacobians: by all M tangents where inputs are few, else matrix-free."""
 
 from __future__ import annotations
 

@@ -46,9 +46,9 @@ def operator_norm(module: nn.Module, input_shape: torch.Size) -> OperatorNorm:
     """The norm of a linear or convolutional layer on inputs of this shape (of one sample).
 
     Dense: by eigenvalues of the smaller Gram matrix in float64, or Golub–Kahan where that is larger than 192.
-    Convolution: Golub–Kahan on the convolution with its padding, stride, dilation and groups, and its adjoint. Iteration
-    goes to a relative residual of 1e-7 for weights in float64, 1e-4 for others (in float32). The norm of the kernel
-    reshaped to a matrix is another number: the convolution's is up to √∏⌈k/s⌉ times as large.
+    Convolution: Golub–Kahan on the convolution with its padding, stride, dilation and groups, and its adjoint.
+    Iteration goes to a relative residual of 1e-7 for weights in float64, 1e-4 for others (in float32). The norm of the
+    kernel reshaped to a matrix is another number: the convolution's is up to √∏⌈k/s⌉ times as large.
     The search starts at the layer's last result with a random part mixed in, so that repeated calls take few steps.
     """
     layer: Any = module

@@ -23,8 +23,7 @@ def position_inequalities(g: Geometry, norms: Mapping[str, float], slack: float)
     """``MLS``, ``normalized MLS``, ``LVR``, ``NMLS`` and ``NVR per position``."""
     layers = list(g.layers.values())
     first = next((layer for layer in layers if layer.takes_model_input), None)
-    found = [*_first(g, first, norms, slack), *_all(g, layers, norms, slack)]
-    return found
+    return [*_first(g, first, norms, slack), *_all(g, layers, norms, slack)]
 
 
 def _condition(layer: LayerGeometry) -> str:
