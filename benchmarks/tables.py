@@ -348,7 +348,17 @@ def geometry(result: dict[str, Any]) -> str:
         "*rank* is the bound read off the graph: where it is below N, the log-volume is −inf.\n\n"
         f"`python -m benchmarks.bench_geometry`\n\n"
         + _table(
-            ["model", "Jacobians", "CPU s (wall)", "passes", "residual", "error", "upper bound − 1", "peak MiB", "rank ≤"],
+            [
+                "model",
+                "Jacobians",
+                "CPU s (wall)",
+                "passes",
+                "residual",
+                "error",
+                "upper bound − 1",
+                "peak MiB",
+                "rank ≤",
+            ],
             top,
         )
         + "\nLog-volume by stochastic Lanczos quadrature (probes × steps; the standard error is that of the probes, the\n"
@@ -356,7 +366,16 @@ def geometry(result: dict[str, Any]) -> str:
         "exact values by N cotangents; two samples, CPU seconds a sample. The quadrature wants many steps where the\n"
         "condition number is large.\n\n"
         + _table(
-            ["model", "probes × steps", "log-volume", "exact", "dimensionality", "exact", "condition", "CPU s / exact"],
+            [
+                "model",
+                "probes × steps",
+                "log-volume",
+                "exact",
+                "dimensionality",
+                "exact",
+                "condition",
+                "CPU s / exact",
+            ],
             volumes,
         )
         + f"\n{_settings(result)}"

@@ -45,7 +45,6 @@ def geometry(
     max_steps: int = 100,
     probes: int = 4,
     volume_steps: int = 40,
-    positions: bool = False,
     params: ParameterSelection = None,
     seed: int = 0,
     max_memory: int | None = None,
@@ -84,8 +83,6 @@ def geometry(
         max_steps: matrix-free: the most steps for that.
         probes: matrix-free: signs for norms, dimensionality, volume and sharpness; 0: σ_max only.
         volume_steps: matrix-free: Golub–Kahan steps a probe for the volumes; 0: no volume (NaN).
-        positions: by cotangents: also Σ_t ‖∂f/∂z_t‖² at the layers' outputs z, position by position, for the
-            inequalities of :func:`flatkern.bounds` where weights are shared.
         params: names or globs of the parameters of the sharpness; default all with ``requires_grad``, ``()`` for none.
         seed: of the random starts and signs.
         max_memory: bytes of the working set; default 1 GiB.
@@ -129,7 +126,7 @@ def geometry(
     with segment(model, source, target) as part:
         size = size_of(model, x, part, subspace)
         way = _way(method, size, settings, limit)
-        job = Job(model, x, part, size, layers, settings, limit, seed, positions)
+        job = Job(model, x, part, size, layers, settings, limit, seed)
         if way == "cotangents":
             measured, rows = job.by_cotangents(parameters)
             return assemble(measured, rows, part, started, has_parameters=bool(parameters))

@@ -67,7 +67,6 @@ class Job:
     settings: KrylovSettings
     limit: int
     seed: int
-    positions: bool = False
 
     def by_cotangents(self, parameters: dict[str, nn.Parameter]) -> tuple[Measured, list[RowsChunk]]:
         """Exact, all layers."""
@@ -76,11 +75,7 @@ class Job:
         for lin in self._chunks(parameters, self.size.outputs, self.limit):
             source = self._source(lin, measured)
             calls = chosen_calls(self._between(lin, source), self.layers)
-            chunks.append(
-                measure_rows(
-                    self.model, lin, source, parameters, calls, self.size.subspace, positions=self.positions
-                )
-            )
+            chunks.append(measure_rows(self.model, lin, source, parameters, calls, self.size.subspace))
             del lin, source, calls
         return measured, chunks
 

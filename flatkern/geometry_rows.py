@@ -90,15 +90,13 @@ def measure_rows(
     parameters: dict[str, nn.Parameter],
     calls: Sequence[LayerCall],
     subspace: Tensor | None,
-    *,
-    positions: bool,
 ) -> RowsChunk:
-    """Pull all cotangents of a chunk back once and take what they hold; with ``positions`` also at layers' outputs."""
+    """Pull all cotangents of a chunk back once and take what they hold."""
     assert lin.output.grad_fn is not None
     _, uses = graph_nodes(lin.output.grad_fn)
     edges, index = _edges(lin, source.edge, calls, uses)
     roots = projected_cotangents(lin.output, subspace)
-    watched = [(i, call) for i, call in enumerate(calls) if positions and call.output_edge is not None]
+    watched = [(i, call) for i, call in enumerate(calls) if call.output_edge is not None]
     gradients = {i: PositionGradients(call.module, call.checked_inputs()) for i, call in watched}
 
     def observe(found: Sequence[Tensor | None]) -> None:
@@ -113,7 +111,7 @@ def measure_rows(
         parameters,
         edges,
         watched=[call.output_edge for _, call in watched if call.output_edge is not None],
-        observe=observe if watched else None,
+        observe=observe,
     )
     n, outputs = lin.n, len(roots)
     zero = torch.zeros(n, dtype=torch.float64, device=lin.output.device)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flatkern.layers.shared_weight import row_energy
+
 __all__ = ["PositionGradients", "position_norms_sq"]
 
 
@@ -16,12 +18,13 @@ def position_norms_sq(module: nn.Module, inputs: Tensor) -> Tensor:
 
     [n, *positions] for a dense layer on [n, *positions, d], [n, G, *positions] for a convolution; float64.
     """
-    squares = inputs.detach().double().square()
+    inputs = inputs.detach()
     if isinstance(module, nn.Linear):
-        return squares.sum(-1)
+        return row_energy(inputs)
     layer: Any = module
     dims = len(layer.kernel_size)
-    ones = squares.new_ones(layer.groups, layer.in_channels // layer.groups, *layer.kernel_size)
+    squares = inputs.double().square().unflatten(1, (layer.groups, -1)).sum(2)  # [n, G, *positions]
+    ones = squares.new_ones(layer.groups, 1, *layer.kernel_size)
     padding: Any = layer.padding
     if layer.padding_mode != "zeros":
         squares = F.pad(squares, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
@@ -47,13 +50,14 @@ class PositionGradients:
 
     def add(self, cotangent: Tensor) -> None:
         """Cotangents [k, n, *output] of the layer's output."""
+        wide = cotangent.float() if cotangent.dtype in (torch.float16, torch.bfloat16) else cotangent
         if isinstance(self._module, nn.Linear):
-            norms = torch.linalg.vector_norm(cotangent, dim=(0, -1))
+            energy = wide.square().sum(-1)
         else:
             groups: Any = self._module.groups
-            split = cotangent.unflatten(2, (groups, -1))  # [k, n, G, C/G, *positions]
-            norms = torch.linalg.vector_norm(split, dim=(0, 3))
-        energy = norms.double().square()
+            # one axis at a time: reducing two that are not neighbours is many times slower
+            energy = wide.unflatten(2, (groups, -1)).flatten(4).square().sum(3)  # [k, n, G, T]
+        energy = energy.double().sum(0)
         self._energy = energy if self._energy is None else self._energy + energy
 
     def totals(self) -> tuple[Tensor, Tensor, Tensor]:
