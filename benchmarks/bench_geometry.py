@@ -101,9 +101,9 @@ def run(job: str, n: int) -> list[dict[str, Any]]:
     if kind == "sigma":
         return [sensitivity(name, n, checked=min(2, n))]
     return [
-        *volume(name, 2, 64, probes=4, steps=40, rank=None),
-        *volume(name, 2, 64, probes=4, steps=160, rank=None),
-        *volume(name, 2, 64, probes=4, steps=40, rank=100),
+        *volume(name, 2, 32, probes=4, steps=40, rank=None),
+        *volume(name, 2, 32, probes=4, steps=160, rank=None),
+        *volume(name, 2, 32, probes=4, steps=40, rank=100),
     ]
 
 

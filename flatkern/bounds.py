@@ -91,7 +91,7 @@ def bounds(
     Args:
         model, x, params, max_memory: as for :func:`flatkern.geometry`.
         geometry: the result of ``fk.geometry(model, x)`` at the same θ, to reuse its pass (also of a part of the
-            network: x^1 is then what goes into its source); with ``positions=True`` for the inequalities per position.
+            network: x^1 is then what goes into its source).
         powers: the k of Ma-Ying.
 
     Returns:
@@ -110,11 +110,7 @@ def bounds(
     for k in powers:
         if isinstance(k, bool) or not isinstance(k, (int, float)) or not k > 0:
             raise ValueError(f"powers: expected positive numbers, got {k!r}")
-    g = (
-        geometry
-        if geometry is not None
-        else _geometry(model, x, params=params, max_memory=max_memory, positions=True)
-    )
+    g = geometry if geometry is not None else _geometry(model, x, params=params, max_memory=max_memory)
     _check_fits(g, model, x)
     slack = max(1e-9, 100 * torch.finfo(g.dtype).eps)  # rounding of the Jacobians, in logarithms
     norms = {name: operator_norm(layer.module, layer.input_shape) for name, layer in g.layers.items()}

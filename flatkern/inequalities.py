@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from flatkern.geometry_results import Geometry, LayerGeometry
 from flatkern.inequality import Inequality, chain, log_mean_exp, log_of, not_applicable
-from flatkern.position_inequalities import position_inequalities
+from flatkern.position_inequalities import position_inequalities, shares_weight
 
 __all__ = ["Inequality", "all_inequalities", "per_layer_inequalities"]
 
@@ -227,9 +227,7 @@ def _network(g: Geometry, norms: Mapping[str, float], slack: float) -> list[Ineq
 
 def _only_sharing(layers: Sequence[LayerGeometry]) -> bool:
     """Whether shared weights are among what is in the way, and position by position nothing is."""
-    return any(layer.positions > 1 or not isinstance(layer.module, nn.Linear) for layer in layers) and all(
-        layer.sole_consumer for layer in layers
-    )
+    return any(map(shares_weight, layers)) and all(layer.sole_consumer for layer in layers)
 
 
 def _nmls(

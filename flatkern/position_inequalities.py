@@ -11,26 +11,33 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flatkern.geometry_results import Geometry, LayerGeometry
 from flatkern.inequality import Inequality, chain, log_mean_exp, log_of, not_applicable
 
-__all__ = ["position_inequalities"]
+__all__ = ["position_inequalities", "shares_weight"]
 
 
 def position_inequalities(g: Geometry, norms: Mapping[str, float], slack: float) -> list[Inequality]:
-    """``MLS``, ``normalized MLS``, ``LVR``, ``NMLS`` and ``NVR per position``."""
+    """``MLS``, ``normalized MLS``, ``LVR``, ``NMLS`` and ``NVR per position``, where some layer shares its weight."""
     layers = list(g.layers.values())
+    if not any(shares_weight(layer) for layer in layers):
+        return []
     first = next((layer for layer in layers if layer.takes_model_input), None)
     return [*_first(g, first, norms, slack), *_all(g, layers, norms, slack)]
+
+
+def shares_weight(layer: LayerGeometry) -> bool:
+    """Whether the layer is a convolution, or dense and applied at several positions."""
+    return layer.positions > 1 or not isinstance(layer.module, nn.Linear)
 
 
 def _condition(layer: LayerGeometry) -> str:
     if layer.output_gradient_sq is None:
         return (
-            f"no gradients were measured at the output of {layer.name!r}: take fk.geometry(..., positions=True), by "
-            "cotangents"
+            f"no gradients were measured at the output of {layer.name!r}; take fk.geometry(..., "
+            "method='cotangents')"
         )
     if not layer.sole_consumer:
         return (

@@ -144,7 +144,7 @@ def test_samples_of_norm_zero():
 
 def test_a_geometry_is_reused_and_checked():
     model, x = networks()["mlp tanh"]
-    g = fk.geometry(model, x, positions=True)
+    g = fk.geometry(model, x)
     assert fk.bounds(model, x, geometry=g).inequalities == fk.bounds(model, x).inequalities
     with pytest.raises(ValueError, match="geometry: it was taken on 7 samples"):
         fk.bounds(model, x[:3], geometry=g)

@@ -163,17 +163,17 @@ def test_zero_samples_keep_the_form_with_bias():
 def test_what_has_no_replacement_says_so():
     model, x = networks()["skip"]
     b = fk.bounds(model, x)
-    assert not b["NMLS per position"].applicable
+    assert not any("per position" in name for name in b.inequalities)
     with pytest.raises(ValueError, match="nothing replaces it"):
         b.valid("NMLS")
 
 
-def test_a_geometry_without_positions_is_told():
+def test_a_geometry_by_iteration_has_no_gradients_at_the_layers():
     model, x = networks()["vgg"]
-    b = fk.bounds(model, x, geometry=fk.geometry(model, x))
-    assert "positions=True" in b["MLS per position"].reason
-    full = fk.bounds(model, x, geometry=fk.geometry(model, x, positions=True))
-    assert full["MLS per position"].status == "holds"
+    g = fk.geometry(model, x, layers="*", method="matrix-free")
+    b = fk.bounds(model, x, geometry=g)
+    assert "method='cotangents'" in b["NMLS per position"].reason
+    assert not b["MLS"].applicable
 
 
 def test_bounds_of_a_part_of_the_network():
@@ -193,7 +193,7 @@ def test_deficient_ranks_make_trivial_volumes():
 
 def test_a_violation_per_position_and_pointwise_would_be_reported():
     model, x = networks()["vgg"]
-    g = fk.geometry(model, x, positions=True)
+    g = fk.geometry(model, x)
     layer = g.layers["0"]
     small = replace(layer, output_gradient_sq=layer.output_gradient_sq * 1e-9)
     b = fk.bounds(model, x, geometry=replace(g, layers={**g.layers, "0": small}))
