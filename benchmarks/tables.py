@@ -342,11 +342,11 @@ def geometry(result: dict[str, Any]) -> str:
     ]
     return (
         "## Geometry of large networks\n\n"
-        "σ_max of all samples' Jacobians to 1 % (`fk.geometry`, matrix-free). *residual*, *error* and *upper bound* are\n"
-        "the largest, relative to σ_max: a singular value lies within the residual; the error is against a run to\n"
-        "0.01 % from another start, on the first two samples; the upper bound fails with a probability of at most 5 %.\n"
-        "*rank* is the bound read off the graph: where it is below N, the log-volume is −inf.\n\n"
-        f"`python -m benchmarks.bench_geometry`\n\n"
+        "σ_max of all samples' Jacobians to 1 % (`fk.geometry`, matrix-free). *residual*, *error* and *upper bound*\n"
+        "are the largest, relative to σ_max: a singular value lies within the residual; the error is against a run to\n"
+        "0.01 % from another start, on the first two samples; the upper bound fails with a probability of at most\n"
+        "5 %. *rank* is the bound read off the graph: where it is below N, the log-volume is −inf.\n\n"
+        "`python -m benchmarks.bench_geometry`\n\n"
         + _table(
             [
                 "model",
@@ -361,7 +361,7 @@ def geometry(result: dict[str, Any]) -> str:
             ],
             top,
         )
-        + "\nLog-volume by stochastic Lanczos quadrature (probes × steps; the standard error is that of the probes, the\n"
+        + "\nLog-volume by stochastic Lanczos quadrature (probes × steps; the standard error is of the probes, the\n"
         "value's quadrature is from above and the number in brackets from below) and local dimensionality, beside the\n"
         "exact values by N cotangents; two samples, CPU seconds a sample. The quadrature wants many steps where the\n"
         "condition number is large.\n\n"

@@ -27,6 +27,7 @@ from flatkern.ggn_eigenvalues import GGNSpectrum, ggn_spectrum
 from flatkern.ggn_entries import GGNEntries, ggn_diagonal, ggn_matrix
 from flatkern.kronecker import KFAC, kfac
 from flatkern.max_eigenvalue import MaxEigenvalue, max_eigenvalue
+from flatkern.operator_norm import OperatorNorm
 from flatkern.operators import LinearOperator, fisher, ggn, hessian, hvp, jacobian
 from flatkern.planning import Plan, plan
 from flatkern.results import Estimate, HessianTrace, PerSample
@@ -54,6 +55,7 @@ __all__ = [
     "LayerGeometry",
     "LinearOperator",
     "MaxEigenvalue",
+    "OperatorNorm",
     "PerSample",
     "Plan",
     "Solution",

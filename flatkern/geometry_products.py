@@ -63,7 +63,7 @@ def measure_products(
     """Measure a chunk of samples linearized in a twice differentiable form with frozen parameters."""
     value = source.checked()
     jacobians = SampleMap(lin.output, source.edge, value.shape, subspace)
-    image = jacobians.push(value.reshape(1, lin.n, -1).to(lin.output.dtype))[0]
+    image = jacobians.push(value.reshape(1, lin.n, -1).to(jacobians.like.dtype))[0]
     spectrum = squared_singular_values(_columns(jacobians)) if tangents else None
     krylov = None if tangents else measure_krylov(jacobians, settings, generator)
     return ProductsChunk(
@@ -108,7 +108,7 @@ def _layer(
     if call.input_edge is not None:
         jacobians = SampleMap(lin.output, call.input_edge, inputs.shape, subspace)
         small = min(jacobians.outputs, jacobians.inputs)
-        start = torch.randn(n, small, generator=generator, dtype=torch.float64).to(lin.output)
+        start = torch.randn(n, small, generator=generator, dtype=torch.float64).to(jacobians.like)
         there, back = (
             (jacobians.pull, jacobians.push)
             if jacobians.outputs <= jacobians.inputs

@@ -48,7 +48,9 @@ class SampleMap:
     ) -> None:
         self._map = OutputMap([source], output)  # type: ignore[list-item]  # autograd takes edges as well
         self._shape, self._output = shape, output
-        self._subspace = None if subspace is None else subspace.to(output)
+        # sums of squares need more digits than half precision has
+        self._dtype = torch.promote_types(output.dtype, torch.float32)
+        self._subspace = None if subspace is None else subspace.to(output.device, self._dtype)
         self.n = len(output)
         self.outputs = output[0].numel() if subspace is None else subspace.shape[1]
         self.inputs = shape[1:].numel()
@@ -61,7 +63,7 @@ class SampleMap:
     @property
     def like(self) -> Tensor:
         """A tensor of the vectors' dtype and device."""
-        return self._output
+        return self._output.detach().to(self._dtype)
 
     def push(self, v: Tensor) -> Tensor:
         """J v: [k, n, M] → [k, n, N or r]."""
@@ -86,7 +88,7 @@ class SampleMap:
         start = 0
         while start < len(rows):
             count = min(self._block, len(rows) - start)
-            block = rows[start : start + count]
+            block = rows[start : start + count].to(self._output.dtype)
             if count > 1:
                 try:
                     with _quiet():
@@ -100,7 +102,7 @@ class SampleMap:
             start += count
         if any(p is None for p in parts):
             return rows.new_zeros(len(rows), self.n, width)
-        return torch.cat([p.reshape(-1, self.n, width) for p in parts if p is not None])
+        return torch.cat([p.reshape(-1, self.n, width).to(self._dtype) for p in parts if p is not None])
 
 
 @contextmanager

@@ -420,6 +420,18 @@ def test_float32_and_small_memory_change_nothing_else():
         assert g.dtype == dtype
 
 
+def test_half_precision_models_keep_vectors_in_single():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 6)), torch.randn(3, 12)
+    want = torch.linalg.svdvals(input_jacobian(model.double(), x.double()))
+    model, x = model.bfloat16(), x.bfloat16()
+    for method in ("cotangents", "tangents", "matrix-free"):
+        g = fk.geometry(
+            model, x, method=method, probes=0, params=(), layers=() if method == "cotangents" else None
+        )
+        torch.testing.assert_close(g.max_sensitivity.values, want[:, 0], rtol=3e-2, atol=0)
+
+
 def test_auto_chooses_by_cost():
     x = torch.randn(2, 300)
     assert fk.geometry(nn.Linear(300, 5), x, params=()).method == "cotangents"
