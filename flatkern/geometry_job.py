@@ -143,7 +143,7 @@ class Job:
         else:
             if lin.output.grad_fn is None or lin.input_edge is None:
                 raise ValueError("model: its output does not depend differentiably on x")
-            source = Source(lin.x, lin.x._version if not lin.x.is_inference() else 0, lin.input_edge)
+            source = Source(lin.x, lin.input_edge)
         if source.value.shape[:1] != (lin.n,):
             raise ValueError(
                 f"source: what goes into {self.part.source!r} has shape {tuple(source.value.shape)}, without the "
@@ -153,7 +153,7 @@ class Job:
             what = "x" if self.part.source is None else self.part.source
             where = "model: its output" if self.part.target is None else f"target: {self.part.target!r}"
             raise ValueError(f"{where} does not depend differentiably on {what}")
-        value = source.checked().reshape(lin.n, -1).double()
+        value = source.value.reshape(lin.n, -1).double()
         bound = rank_bound(lin.output, source.edge)
         measured.add(value.square().sum(1), bound, lin.output.dtype, value.shape[1])
         return source

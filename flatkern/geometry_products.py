@@ -61,7 +61,7 @@ def measure_products(
     tangents: bool,
 ) -> ProductsChunk:
     """Measure a chunk of samples linearized in a twice differentiable form with frozen parameters."""
-    value = source.checked()
+    value = source.value
     jacobians = SampleMap(lin.output, source.edge, value.shape, subspace)
     image = jacobians.push(value.reshape(1, lin.n, -1).to(jacobians.like.dtype))[0]
     spectrum = squared_singular_values(_columns(jacobians)) if tangents else None

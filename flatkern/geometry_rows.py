@@ -141,7 +141,7 @@ def measure_rows(
                 input_shape=inputs.shape[1:],
             )
         )
-    at_source = source.checked().reshape(n, -1, 1).to(rows[0].dtype)
+    at_source = source.value.reshape(n, -1, 1).to(rows[0].dtype)
     return RowsChunk(
         gradient_sq=norms.total if parameters else zero,
         spectrum=spectra[0],

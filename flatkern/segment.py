@@ -24,17 +24,8 @@ class Source:
     """What the source module got in one run."""
 
     value: Tensor
-    """Detached (sharing its storage), [n, ...]."""
-    version: int
+    """A copy, [n, ...]: the module may work in place."""
     edge: GradientEdge
-
-    def checked(self) -> Tensor:
-        """The value, unless somebody has written into it since."""
-        if self.value._version != self.version:
-            raise RuntimeError(
-                "source: its input was changed in place after the module took it; make that operation out of place"
-            )
-        return self.value
 
 
 @dataclass
@@ -149,4 +140,4 @@ def _capture(tensor: Tensor) -> Source:
         if isinstance(tensor, nn.Parameter) or tensor.is_inference():
             raise ValueError("source: its input is not computed from the samples")
         tensor.requires_grad_()  # what nothing differentiable leads to is a leaf; its later users see the change
-    return Source(tensor.detach(), tensor._version, get_gradient_edge(tensor))
+    return Source(tensor.detach().clone(), get_gradient_edge(tensor))

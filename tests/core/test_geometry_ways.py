@@ -170,6 +170,17 @@ def test_layers_of_a_part_are_those_inside():
     assert tail.sharpness.value == pytest.approx(whole.sharpness.value)
 
 
+def test_a_source_that_works_in_place():
+    model, x = networks()["vgg"]
+    g = fk.geometry(model, x, source="1")
+    z = model[0](x).detach()
+    assert model[1].inplace
+    torch.testing.assert_close(g.input_norm_sq, z.flatten(1).square().sum(1))
+    model[1].inplace = False  # for the oracle, which would see what became of z
+    want = torch.linalg.svdvals(jacobian_between(model, x, model[1], None))
+    torch.testing.assert_close(g.singular_values, want, rtol=1e-6, atol=1e-9)
+
+
 def test_the_second_call_of_a_module():
     model, x = networks()["one module twice"]
     g = fk.geometry(model, x, source="0#2")
