@@ -47,6 +47,8 @@ class LayerGeometry:
     """Σ_t ‖∂f/∂z_t‖_F² ‖x_t‖², float64 [n]: what ‖∂f/∂W‖_F² would be if no two positions shared the weight."""
     least_position_norm_sq: Tensor | None = field(default=None, repr=False)
     """min_t ‖x_t‖², float64 [n]; x_t is the patch for a convolution (of one group, where there are several)."""
+    partners: tuple[str, ...] = ()
+    """The other layers that take the same x^l, where with this one they are all that does (queries, keys, values)."""
     input_shape: torch.Size = field(default_factory=torch.Size)
     """Of one sample."""
 

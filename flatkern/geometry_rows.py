@@ -20,7 +20,7 @@ from flatkern.results import PerSample
 from flatkern.segment import Source
 from flatkern.spectra import Spectrum, squared_singular_values
 from flatkern.squared_norms import parameter_squared_norms
-from flatkern.structure import holds_entries_of, is_sole_consumer
+from flatkern.structure import holds_entries_of, is_sole_consumer, joint_consumers
 
 __all__ = ["RowsChunk", "chosen_calls", "join_layers", "measure_rows"]
 
@@ -37,6 +37,8 @@ class _LayerChunk:
     bias_gradient_sq: Tensor | None
     position_sums: tuple[Tensor, Tensor, Tensor] | None
     sole: bool
+    partners: tuple[int, ...]
+    """Indices of the calls that share its input, if they are all there is."""
     direct: bool
     positions: int
     input_shape: torch.Size
@@ -124,7 +126,10 @@ def measure_rows(
     nothing = squared_singular_values(lin.output.new_zeros(n, outputs, 1))
     names = {id(c): covered for c, covered in lin.coverage.by_call}
     layers = []
+    numbers = {id(call): i for i, call in enumerate(calls)}
     for i, call in enumerate(calls):
+        sole = is_sole_consumer(lin.output, call)
+        partners = () if sole else joint_consumers(lin.output, call, calls)
         covered = names.get(id(call), {})
         inputs = call.checked_inputs()
         layers.append(
@@ -135,7 +140,8 @@ def measure_rows(
                 weight_gradient_sq=norms.by_parameter[covered["weight"]] if "weight" in covered else None,
                 bias_gradient_sq=norms.by_parameter[covered["bias"]] if "bias" in covered else None,
                 position_sums=gradients[i].totals() if i in gradients else None,
-                sole=is_sole_consumer(lin.output, call),
+                sole=sole,
+                partners=tuple(numbers[id(other)] for other in partners),
                 direct=i in index and index[i] == 0,
                 positions=call.positions,
                 input_shape=inputs.shape[1:],
@@ -206,7 +212,8 @@ def join_layers(chunks: Sequence[RowsChunk]) -> dict[str, LayerGeometry]:
             "chunks; raise max_memory, or leave those layers out by naming the ones wanted"
         )
     layers = {}
-    for i, name in enumerate(named_calls([layer_name for layer_name, _ in called])):
+    names = named_calls([layer_name for layer_name, _ in called])
+    for i, name in enumerate(names):
         parts = [c.layers[i] for c in chunks]
         module = parts[0].call[1]
         spectrum = Spectrum.concatenate([p.spectrum for p in parts])
@@ -225,6 +232,9 @@ def join_layers(chunks: Sequence[RowsChunk]) -> dict[str, LayerGeometry]:
             positions=parts[0].positions,
             sole_consumer=all(p.sole for p in parts),
             takes_model_input=all(p.direct for p in parts),
+            partners=tuple(names[j] for j in parts[0].partners)
+            if all(p.partners == parts[0].partners for p in parts)
+            else (),
             log_volume=spectrum.log_volume(None),
             frobenius_sq=spectrum.energy,
             bias_gradient_sq=_joined([p.bias_gradient_sq for p in parts]),

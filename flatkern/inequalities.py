@@ -88,7 +88,7 @@ def _first_layer(
     names = [_ma_ying_name(k) for k in powers]
     chains: list[Inequality] = []
     if first is None or reason or first.weight_gradient_sq is None:
-        shared = "weight sharing" in reason
+        shared = first is not None and bool(shares_weight(first) or first.partners)
         chains.append(not_applicable("MLS", a, reason, "MLS per position" if shared else _bias(whole)))
         chains += [not_applicable(name, ma_ying[k], reason) for name, k in zip(names, powers, strict=True)]
         chains.append(
@@ -206,7 +206,7 @@ def _network(g: Geometry, norms: Mapping[str, float], slack: float) -> list[Ineq
     log_s = log_of(g.sharpness.value)
     found = []
     if reason or gradient_sq is None:
-        shared = _only_sharing(layers)
+        shared = _holds_per_position(layers)
         replaced = "NMLS per position" if shared else "" if whole else "NMLS with bias"
         found.append(not_applicable("NMLS", nmls, reason, replaced))
         found.append(not_applicable("NVR", nvr, reason, "NVR per position" if shared else ""))
@@ -225,9 +225,11 @@ def _network(g: Geometry, norms: Mapping[str, float], slack: float) -> list[Ineq
     return found
 
 
-def _only_sharing(layers: Sequence[LayerGeometry]) -> bool:
-    """Whether shared weights are among what is in the way, and position by position nothing is."""
-    return any(map(shares_weight, layers)) and all(layer.sole_consumer for layer in layers)
+def _holds_per_position(layers: Sequence[LayerGeometry]) -> bool:
+    """Whether shared weights or inputs are among what is in the way, and position by position nothing is."""
+    return any(shares_weight(layer) or layer.partners for layer in layers) and all(
+        layer.sole_consumer or layer.partners for layer in layers
+    )
 
 
 def _nmls(

@@ -20,9 +20,12 @@ __all__ = ["position_inequalities", "shares_weight"]
 
 
 def position_inequalities(g: Geometry, norms: Mapping[str, float], slack: float) -> list[Inequality]:
-    """``MLS``, ``normalized MLS``, ``LVR``, ``NMLS`` and ``NVR per position``, where some layer shares its weight."""
+    """``MLS``, ``normalized MLS``, ``LVR``, ``NMLS`` and ``NVR per position``.
+
+    Where some layer shares its weight over positions, or its input with other layers.
+    """
     layers = list(g.layers.values())
-    if not any(shares_weight(layer) for layer in layers):
+    if not any(shares_weight(layer) or layer.partners for layer in layers):
         return []
     first = next((layer for layer in layers if layer.takes_model_input), None)
     return [*_first(g, first, norms, slack), *_all(g, layers, norms, slack)]
@@ -39,19 +42,30 @@ def _condition(layer: LayerGeometry) -> str:
             f"no gradients were measured at the output of {layer.name!r}; take fk.geometry(..., "
             "method='cotangents')"
         )
-    if not layer.sole_consumer:
+    if not layer.sole_consumer and not layer.partners:
         return (
             f"the input of {layer.name!r} reaches the output by other ways too (a skip, or several consumers)"
         )
     return ""
 
 
-def _positions(layer: LayerGeometry) -> tuple[Tensor, Tensor, Tensor]:
+def _group(g: Geometry, layer: LayerGeometry) -> list[LayerGeometry]:
+    """The layer with those that share its input: as one layer, with their weights stacked."""
+    return [layer, *(g.layers[name] for name in layer.partners)]
+
+
+def _norm(g: Geometry, layer: LayerGeometry, norms: Mapping[str, float]) -> float:
+    """‖A_l‖₂; of stacked weights at most √(Σ ‖A‖₂²)."""
+    return math.sqrt(sum(norms[each.name] ** 2 for each in _group(g, layer)))
+
+
+def _positions(g: Geometry, layer: LayerGeometry) -> tuple[Tensor, Tensor, Tensor]:
     """G, P and min_t ‖x_t‖², [n] each."""
-    assert layer.output_gradient_sq is not None
-    assert layer.position_gradient_sq is not None
-    assert layer.least_position_norm_sq is not None
-    return layer.output_gradient_sq, layer.position_gradient_sq, layer.least_position_norm_sq
+    group = _group(g, layer)
+    energy = [each.output_gradient_sq for each in group if each.output_gradient_sq is not None]
+    weighted = [each.position_gradient_sq for each in group if each.position_gradient_sq is not None]
+    least = [each.least_position_norm_sq for each in group if each.least_position_norm_sq is not None]
+    return torch.stack(energy).sum(0), torch.stack(weighted).sum(0), torch.stack(least).min(0).values
 
 
 def _first(
@@ -76,8 +90,8 @@ def _first(
             not_applicable("normalized MLS per position", normalized, reason),
             not_applicable("LVR per position", lvr, reason),
         ]
-    log_w = log_of(norms[first.name])
-    energy, weighted, least = _positions(first)
+    log_w = log_of(_norm(g, first, norms))
+    energy, weighted, least = _positions(g, first)
     sides = {
         **a,
         "output gradients": log_w + log_of(energy.sqrt().mean()),
@@ -118,8 +132,8 @@ def _all(
             not_applicable("NMLS per position", nmls, reason),
             not_applicable("NVR per position", nvr, reason),
         ]
-    positions = [_positions(layer) for layer in layers]
-    w = torch.tensor([norms[layer.name] for layer in layers], dtype=torch.float64)[:, None]
+    positions = [_positions(g, layer) for layer in layers]
+    w = torch.tensor([_norm(g, layer, norms) for layer in layers], dtype=torch.float64)[:, None]
     energy, weighted, least = (torch.stack([p[j] for p in positions]).cpu() for j in range(3))
     whole, more = weighted + energy, least + 1
     ratio, total = (w.square() / more).sum(0), whole.sum(0)

@@ -127,6 +127,60 @@ def test_per_position_inequalities_hold_for_random_convolutional_nets(seed):
         assert not b[kind].applicable
 
 
+class PreNorm(nn.Module):
+    """Attention with its own queries, keys and values, behind a norm and inside a skip."""
+
+    def __init__(self, width: int = 6):
+        super().__init__()
+        self.patch = nn.Conv1d(2, width, 2, stride=2)
+        self.norm = nn.LayerNorm(width)
+        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
+        self.out, self.head = nn.Linear(width, width), nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.patch(x).mT
+        a = self.norm(h)
+        weights = (self.q(a) @ self.k(a).mT).softmax(-1)
+        return self.head((h + self.out(weights @ self.v(a))).mean(1))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_queries_keys_and_values_count_as_one_layer(seed):
+    torch.manual_seed(seed)
+    model, x = PreNorm().double(), torch.randn(4, 2, 10, dtype=torch.float64)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1 + 2 * torch.rand(()))
+    g = fk.geometry(model, x)
+    assert set(g.layers["q"].partners) == {"k", "v"}
+    assert not g.layers["out"].partners
+    b = fk.bounds(model, x, geometry=g)
+    assert not b["NMLS"].applicable
+    assert b["NMLS"].replacement == "NMLS per position"
+    assert b.valid("NMLS").status == "holds"
+    assert b.valid("MLS").status == "holds"
+    stacked = math.sqrt(
+        sum(float(torch.linalg.matrix_norm(m.weight.detach(), 2)) ** 2 for m in (model.q, model.k, model.v))
+    )
+    energy = sum(g.layers[name].output_gradient_sq for name in "qkv")
+    for name in "qkv":
+        assert (g.layers[name].max_sensitivity.values <= stacked * energy.sqrt() * (1 + 1e-9)).all()
+
+
+def test_a_skip_around_layers_on_one_input_is_seen():
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) * self.b(x) + x
+
+    g = fk.geometry(Around().double(), torch.randn(3, 4).double())
+    assert not g.layers["a"].partners
+    assert not g.layers["a"].sole_consumer
+
+
 def test_cancelling_copies_have_a_valid_replacement():
     """f = k x₁ − k x₂ at x₁ = x₂: the shared gradient is 0, those per position are not."""
     conv = nn.Conv1d(1, 1, 1, bias=False)
