@@ -86,7 +86,8 @@ def bounds(
     ``MLS per position``: A ≤ ‖W₁‖ (1/n) Σ √G_i ≤ ‖W₁‖ (1/n) Σ √((P_i + G_i)/(min_t ‖x_t‖² + 1)) ≤
     ‖W₁‖ (1/n) Σ √P_i/min_t ‖x_t‖ ≤ ‖W₁‖ √((1/n) Σ 1/min_t ‖x_t‖²) √((1/n) Σ P_i), with ‖W₁‖ the norm of the convolution
     as an operator; likewise ``normalized MLS``, ``LVR``, ``NMLS`` and ``NVR per position``. Layers on one and the same
-    input (queries, keys, values) count as one there, its norm at most √(Σ ‖W‖²). ``inequality.replacement`` names it, ``result.valid(name)`` picks.
+    input (queries, keys, values) count as one there, its norm at most √(Σ ‖W‖²). ``inequality.replacement`` names what
+    replaces it, ``result.valid(name)`` picks.
 
     Args:
         model, x, params, max_memory: as for :func:`flatkern.geometry`.
