@@ -60,8 +60,8 @@ def geometry(
     * ``"tangents"`` (few inputs): M tangents a sample give all singular values of J_i. Exact. About M passes.
     * ``"matrix-free"`` (both large): no Jacobian. Golub–Kahan bidiagonalization of all samples in lockstep gives σ_max
       with a residual; signs outside its Krylov space give ‖J‖_F and the participation ratio (Hutch++); stochastic
-      Lanczos quadrature gives log-volume, pseudo-volume and rank, with standard errors. 2 (steps + probes + 1 +
-      probes · volume_steps) passes.
+      Lanczos quadrature gives log-volume, pseudo-volume and rank, with standard errors. about 2 (steps +
+      probes (1 + volume_steps)) passes.
 
     ``"auto"`` takes an exact way for up to 128 passes, or where it takes no more than the matrix-free one, if a
     sample's Jacobian fits ``max_memory``.

@@ -88,7 +88,8 @@ class Job:
             stack.enter_context(twice_differentiable(self.model))
             stack.enter_context(frozen(self.model))
             count = self.size.inputs if tangents else 1
-            for lin in self._chunks({}, count, self.limit // _GRAPHS):
+            most = max(1, self.limit // _GRAPHS // self._vector_bytes(tangents))
+            for lin in self._chunks({}, count, self.limit // _GRAPHS, most):
                 source = self._source(lin, measured)
                 calls = () if self.layers is None else chosen_calls(self._between(lin, source), self.layers)
                 chunks.append(
@@ -122,19 +123,30 @@ class Job:
         how = Settings("sketch", samples=self.settings.probes, seed=self.seed, max_memory=self.limit)
         return estimate_trace(self.model, [(self.x, None)], parameters, roots, how)
 
+    def _vector_bytes(self, tangents: bool) -> int:
+        """What is kept of a sample beside the graphs: its Jacobian twice, or bases and running vectors."""
+        small, large = sorted((self.size.outputs, self.size.inputs))
+        if tangents:
+            return 2 * small * large * self.size.entry_bytes
+        how = self.settings
+        kept = min(how.max_steps, small) + how.probes * min(how.volume_steps, small)
+        return (kept * small + 3 * (1 + how.probes) * (small + large)) * self.size.entry_bytes
+
     def _chunks(
-        self, parameters: dict[str, nn.Parameter], cotangents: int, limit: int
+        self, parameters: dict[str, nn.Parameter], cotangents: int, limit: int, most: int | None = None
     ) -> Iterator[Linearization]:
-        floating = self.x.is_floating_point()
-        yield from linearizations(
-            self.model,
-            self.x,
-            parameters,
-            with_input=floating,
-            max_memory=limit,
-            cotangents=cotangents,
-            keep_cotangents=not floating,
-        )
+        floating, n = self.x.is_floating_point(), len(self.x)
+        step = n if most is None else min(most, n)
+        for start in range(0, n, step):
+            yield from linearizations(
+                self.model,
+                self.x[start : start + step],
+                parameters,
+                with_input=floating,
+                max_memory=limit,
+                cotangents=cotangents,
+                keep_cotangents=not floating,
+            )
 
     def _source(self, lin: Linearization, measured: Measured) -> Source:
         """Where the derivative is taken in, checked; what is known of every chunk is noted."""

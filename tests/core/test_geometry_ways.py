@@ -218,6 +218,17 @@ def test_volume_of_a_subspace(method):
             torch.testing.assert_close(g.log_volume.values, want.log().sum(1), rtol=1e-6, atol=1e-8)
 
 
+def test_sharpness_of_a_subspace_is_sketched_without_bias():
+    model, x = networks()["image output"]
+    columns = torch.randn(18, 5, dtype=torch.float64)
+    exact = fk.geometry(model, x, subspace=columns, method="cotangents").sharpness
+    sketch = fk.geometry(
+        model, x, subspace=columns, method="matrix-free", probes=60, volume_steps=0
+    ).sharpness
+    assert sketch.stderr > 0
+    assert abs(sketch.value - exact.value) < 5 * sketch.stderr
+
+
 def test_singular_value_statistics():
     sigma = torch.tensor([4.0, 2.0, 1e-3, 0.0], dtype=torch.float64)
     x = torch.randn(3, 6, dtype=torch.float64)
