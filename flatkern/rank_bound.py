@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,15 +35,21 @@ def rank_bound(output: Tensor, source: GradientEdge) -> tuple[int, str]:
     n = len(output)
     best, where = output[0].numel(), ""
     for node in _on_every_path(output.grad_fn, source.node):
-        shapes = shapes_of(node)
-        outputs = shapes[:1] if operation(node) == "NativeLayerNorm" else shapes  # its others are statistics
-        entries = sum(shape.numel() for shape in outputs) // n
+        entries = _entries(node) // n
         rows = _rows(node, n)
         if 0 < entries - rows < best:
             name = f"{operation(node)} with {entries} entries a sample"
             where = "the source" if node is source.node else name + (", normalized" if rows else "")
             best = entries - rows
     return best, where
+
+
+def _entries(node: Node) -> int:
+    """Real numbers that the operation hands on."""
+    metadata: Any = getattr(node, "_input_metadata", ())
+    if operation(node) == "NativeLayerNorm":
+        metadata = metadata[:1]  # its others are statistics
+    return sum(torch.Size(m.shape).numel() * (2 if m.dtype.is_complex else 1) for m in metadata)
 
 
 def _rows(node: Node, samples: int) -> int:

@@ -287,6 +287,14 @@ def test_a_bottleneck_and_a_softmax_are_seen_in_the_graph():
             return self.narrow(x) + self.wide(x)
 
     assert fk.geometry(Around(), x).rank_bound == 8  # the skip goes around it
+
+    class Spectrum(nn.Module):
+        def forward(self, x):
+            return torch.view_as_real(torch.fft.rfft(x)).flatten(1)[
+                :, :10
+            ]  # 6 complex numbers, 10 of their parts
+
+    assert fk.geometry(Spectrum(), torch.randn(2, 10).double()).rank_bound == 10
     wide = fk.geometry(nn.Linear(3, 5), torch.randn(2, 3), method="matrix-free")
     assert wide.rank_bound == 3
     assert "N = 5 outputs exceed M = 3 inputs" in wide.log_volume.notes[0]
