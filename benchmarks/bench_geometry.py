@@ -64,8 +64,13 @@ def sensitivity(name: str, n: int, checked: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def volume(name: str, n: int, side: int, probes: int, steps: int, rank: int | None) -> list[dict[str, Any]]:
-    """Log-volume (of ``rank`` directions of the outputs at random, or all) with error bars, beside the exact one."""
+def volumes(
+    name: str, n: int, side: int, settings: list[tuple[int, int]], rank: int | None
+) -> list[dict[str, Any]]:
+    """Log-volume (of ``rank`` directions of the outputs at random, or all) with error bars, beside the exact one.
+
+    ``settings``: pairs of probes and steps.
+    """
     model, x = MODELS[name](), noise(n, side)
     subspace = None
     if rank is not None:
@@ -73,38 +78,37 @@ def volume(name: str, n: int, side: int, probes: int, steps: int, rank: int | No
     exact, exact_cpu, _ = timed(
         lambda: fk.geometry(model, x, layers=(), method="cotangents", params=(), subspace=subspace)
     )
-    g, cpu, _ = timed(
-        lambda: fk.geometry(
-            model, x, method="matrix-free", params=(), probes=probes, volume_steps=steps, subspace=subspace
-        )
-    )
-    v, d = g.log_volume, g.local_dimensionality
-    assert v.errors is not None
-    assert v.lower is not None
-    assert d.errors is not None
-    return [
-        {
-            "case": "volume", "model": name, "side": side, "sample": i, "outputs": g.outputs, "inputs": g.inputs,
-            "probes": probes, "steps": steps, "value": float(v.values[i]), "stderr": float(v.errors[i]),
-            "lower": float(v.lower[i]), "exact": float(exact.log_volume.values[i]),
-            "dimensionality": float(d.values[i]), "dimensionality_stderr": float(d.errors[i]),
-            "dimensionality_exact": float(exact.local_dimensionality.values[i]),
-            "condition_number": float(exact.condition_number.values[i]), "cpu_s": cpu / n,
-            "exact_cpu_s": exact_cpu / n, "passes": g.passes, "exact_passes": exact.passes,
-        }
-        for i in range(n)
-    ]  # fmt: skip
+    rows = []
+    for probes, steps in settings:
+        how: dict[str, Any] = {"probes": probes, "volume_steps": steps, "subspace": subspace}
+        start = time.process_time()
+        g = fk.geometry(model, x, method="matrix-free", params=(), **how)
+        cpu = time.process_time() - start
+        v, d = g.log_volume, g.local_dimensionality
+        assert v.errors is not None
+        assert v.lower is not None
+        assert d.errors is not None
+        rows += [
+            {
+                "case": "volume", "model": name, "side": side, "sample": i, "outputs": g.outputs, "inputs": g.inputs,
+                "probes": probes, "steps": steps, "value": float(v.values[i]), "stderr": float(v.errors[i]),
+                "lower": float(v.lower[i]), "exact": float(exact.log_volume.values[i]),
+                "dimensionality": float(d.values[i]), "dimensionality_stderr": float(d.errors[i]),
+                "dimensionality_exact": float(exact.local_dimensionality.values[i]),
+                "condition_number": float(exact.condition_number.values[i]), "cpu_s": cpu / n,
+                "exact_cpu_s": exact_cpu / n, "passes": g.passes, "exact_passes": exact.passes,
+            }
+            for i in range(n)
+        ]  # fmt: skip
+    return rows
 
 
 def run(job: str, n: int) -> list[dict[str, Any]]:
     kind, name = job.split(":")
     if kind == "sigma":
         return [sensitivity(name, n, checked=min(2, n))]
-    return [
-        *volume(name, 2, 32, probes=4, steps=40, rank=None),
-        *volume(name, 2, 32, probes=4, steps=160, rank=None),
-        *volume(name, 2, 32, probes=4, steps=40, rank=100),
-    ]
+    side, rank = (64, 100) if kind == "subspace" else (32, None)
+    return volumes(name, 1, side, [(4, 40), (4, 120)], rank)
 
 
 def main() -> None:
@@ -119,7 +123,7 @@ def main() -> None:
         print(json.dumps(run(arguments.job, arguments.samples)))
         return
     rows = []
-    for job in ("sigma:ResNet-50", "sigma:ViT-S/16", "volume:ResNet-50"):
+    for job in ("sigma:ResNet-50", "sigma:ViT-S/16", "subspace:ResNet-50", "volume:ResNet-50"):
         command = [sys.executable, "-m", "benchmarks.bench_geometry", "--job", job]
         command += ["--threads", str(arguments.threads), "--samples", str(arguments.samples)]
         found = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -363,7 +363,7 @@ def geometry(result: dict[str, Any]) -> str:
         )
         + "\nLog-volume by stochastic Lanczos quadrature (probes × steps; the standard error is of the probes, the\n"
         "value's quadrature is from above and the number in brackets from below) and local dimensionality, beside the\n"
-        "exact values by N cotangents; two samples, CPU seconds a sample. The quadrature wants many steps where the\n"
+        "exact values by N cotangents; one sample, CPU seconds. The quadrature wants many steps where the\n"
         "condition number is large.\n\n"
         + _table(
             [
