@@ -107,8 +107,7 @@ def run(job: str, n: int) -> list[dict[str, Any]]:
     kind, name = job.split(":")
     if kind == "sigma":
         return [sensitivity(name, n, checked=min(2, n))]
-    side, rank = (64, 100) if kind == "subspace" else (32, None)
-    return volumes(name, 1, side, [(4, 40), (4, 120)], rank)
+    return volumes(name, 1, 32, [(4, 20), (4, 60)], rank=100)
 
 
 def main() -> None:
@@ -123,7 +122,7 @@ def main() -> None:
         print(json.dumps(run(arguments.job, arguments.samples)))
         return
     rows = []
-    for job in ("sigma:ResNet-50", "sigma:ViT-S/16", "subspace:ResNet-50", "volume:ResNet-50"):
+    for job in ("sigma:ResNet-50", "sigma:ViT-S/16", "volume:ResNet-50"):
         command = [sys.executable, "-m", "benchmarks.bench_geometry", "--job", job]
         command += ["--threads", str(arguments.threads), "--samples", str(arguments.samples)]
         found = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -340,6 +340,27 @@ def geometry(result: dict[str, Any]) -> str:
         for r in result["rows"]
         if r["case"] == "volume"
     ]
+    quadrature = (
+        "\nLog-volume by stochastic Lanczos quadrature (probes × steps; the standard error is of the probes, the\n"
+        "value's quadrature is from above and the number in brackets from below) and local dimensionality, beside the\n"
+        "exact values by N cotangents; one sample, CPU seconds. The quadrature wants many steps where the\n"
+        "condition number is large.\n\n"
+        + _table(
+            [
+                "model",
+                "probes × steps",
+                "log-volume",
+                "exact",
+                "dimensionality",
+                "exact",
+                "condition",
+                "CPU s / exact",
+            ],
+            volumes,
+        )
+        if volumes
+        else ""
+    )
     return (
         "## Geometry of large networks\n\n"
         "σ_max of all samples' Jacobians to 1 % (`fk.geometry`, matrix-free). *residual*, *error* and *upper bound*\n"
@@ -361,23 +382,7 @@ def geometry(result: dict[str, Any]) -> str:
             ],
             top,
         )
-        + "\nLog-volume by stochastic Lanczos quadrature (probes × steps; the standard error is of the probes, the\n"
-        "value's quadrature is from above and the number in brackets from below) and local dimensionality, beside the\n"
-        "exact values by N cotangents; one sample, CPU seconds. The quadrature wants many steps where the\n"
-        "condition number is large.\n\n"
-        + _table(
-            [
-                "model",
-                "probes × steps",
-                "log-volume",
-                "exact",
-                "dimensionality",
-                "exact",
-                "condition",
-                "CPU s / exact",
-            ],
-            volumes,
-        )
+        + quadrature
         + f"\n{_settings(result)}"
     )
 
