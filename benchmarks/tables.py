@@ -330,10 +330,10 @@ def geometry(result: dict[str, Any]) -> str:
         [
             f"{r['model']} at {r['side']} × {r['side']}, N = {r['outputs']:,}",
             f"{r['probes']} × {r['steps']}",
-            f"{r['value']:.0f} ± {r['stderr']:.0f} (≥ {r['lower']:.0f})",
-            f"{r['exact']:.0f}",
-            f"{r['dimensionality']:.3f} ± {r['dimensionality_stderr']:.3f}",
-            f"{r['dimensionality_exact']:.3f}",
+            f"{r['value']:.1f} ± {r['stderr']:.1f} (≥ {r['lower']:.1f})",
+            f"{r['exact']:.1f}",
+            f"{r['dimensionality']:.1f} ± {r['dimensionality_stderr']:.1f}",
+            f"{r['dimensionality_exact']:.1f}",
             f"{r['condition_number']:.0e}",
             f"{r['cpu_s']:.1f} / {r['exact_cpu_s']:.1f}",
         ]
@@ -343,8 +343,8 @@ def geometry(result: dict[str, Any]) -> str:
     quadrature = (
         "\nLog-volume by stochastic Lanczos quadrature (probes × steps; the standard error is of the probes, the\n"
         "value's quadrature is from above and the number in brackets from below) and local dimensionality, beside the\n"
-        "exact values by N cotangents; one sample, CPU seconds. The quadrature wants many steps where the\n"
-        "condition number is large.\n\n"
+        "exact values by N cotangents; one sample, CPU seconds. At this size the\n"
+        'exact way is the cheaper one, and `method="auto"` takes it: the estimate is for what cannot be formed.\n\n'
         + _table(
             [
                 "model",
