@@ -408,6 +408,84 @@ def memory(result: dict[str, Any]) -> str:
     return f"{text}\n{_settings(result)}"
 
 
+def geometry(result: dict[str, Any]) -> str:
+    """Large networks, matrix-free."""
+    top = [
+        [
+            r["model"],
+            f"{r['n']} × [{r['outputs']:,} × {r['inputs']:,}]",
+            f"**{r['cpu_s']:.0f}** ({r['wall_s']:.0f})",
+            str(r["passes"]),
+            f"{r['largest_residual']:.1e}",
+            f"{r['largest_error']:.1e}",
+            f"{r['largest_upper'] - 1:.3f}",
+            f"{r['peak_mib']:.0f}",
+            str(r["rank_bound"]),
+        ]
+        for r in result["rows"]
+        if r["case"] == "sigma_max"
+    ]
+    volumes = [
+        [
+            f"{r['model']} at {r['side']} × {r['side']}, N = {r['outputs']:,}",
+            f"{r['probes']} × {r['steps']}",
+            f"{r['value']:.1f} ± {r['stderr']:.1f} (≥ {r['lower']:.1f})",
+            f"{r['exact']:.1f}",
+            f"{r['dimensionality']:.1f} ± {r['dimensionality_stderr']:.1f}",
+            f"{r['dimensionality_exact']:.1f}",
+            f"{r['condition_number']:.0e}",
+            f"{r['cpu_s']:.1f} / {r['exact_cpu_s']:.1f}",
+        ]
+        for r in result["rows"]
+        if r["case"] == "volume"
+    ]
+    quadrature = (
+        "\nLog-volume by stochastic Lanczos quadrature (probes × steps; the standard error is of the probes, the\n"
+        "value's quadrature is from above and the number in brackets from below) and local dimensionality, beside the\n"
+        "exact values by N cotangents; one sample, CPU seconds. At this size the\n"
+        'exact way is the cheaper one, and `method="auto"` takes it: the estimate is for what cannot be formed.\n\n'
+        + _table(
+            [
+                "model",
+                "probes × steps",
+                "log-volume",
+                "exact",
+                "dimensionality",
+                "exact",
+                "condition",
+                "CPU s / exact",
+            ],
+            volumes,
+        )
+        if volumes
+        else ""
+    )
+    return (
+        "## Geometry of large networks\n\n"
+        "σ_max of all samples' Jacobians to 1 % (`fk.geometry`, matrix-free). *residual*, *error* and *upper bound*\n"
+        "are the largest, relative to σ_max: a singular value lies within the residual; the error is against a run to\n"
+        "0.01 % from another start, on the first two samples; the upper bound fails with a probability of at most\n"
+        "5 %. *rank* is the bound read off the graph: where it is below N, the log-volume is −inf.\n\n"
+        "`python -m benchmarks.bench_geometry`\n\n"
+        + _table(
+            [
+                "model",
+                "Jacobians",
+                "CPU s (wall)",
+                "passes",
+                "residual",
+                "error",
+                "upper bound − 1",
+                "peak MiB",
+                "rank ≤",
+            ],
+            top,
+        )
+        + quadrature
+        + f"\n{_settings(result)}"
+    )
+
+
 SECTIONS = {
     "operators": operators,
     "lanczos": lanczos,
@@ -415,6 +493,7 @@ SECTIONS = {
     "trace": trace,
     "measurement": measurement,
     "monitor": monitor,
+    "geometry": geometry,
     "ggn_trace": ggn_trace,
     "hessian_trace": hessian_trace,
     "ggn_spectrum": ggn_spectrum,

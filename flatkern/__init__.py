@@ -32,6 +32,7 @@ from flatkern.hessian_diagonal import HessianDiagonal, hessian_diagonal
 from flatkern.kronecker import KFAC, kfac
 from flatkern.max_eigenvalue import MaxEigenvalue, max_eigenvalue
 from flatkern.monitor import Monitor
+from flatkern.operator_norm import OperatorNorm
 from flatkern.operators import LinearOperator, fisher, ggn, hessian, hvp, jacobian
 from flatkern.planning import Plan, plan
 from flatkern.relative_flatness import RelativeFlatness, relative_flatness
@@ -65,6 +66,7 @@ __all__ = [
     "MaxEigenvalue",
     "Measure",
     "Monitor",
+    "OperatorNorm",
     "PerSample",
     "Plan",
     "RelativeFlatness",

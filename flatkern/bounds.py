@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from flatkern.geometry import Geometry, LayerGeometry, geometry
+from flatkern.geometry import Geometry, geometry
+from flatkern.inequalities import Inequality, all_inequalities, per_layer_inequalities
+from flatkern.operator_norm import OperatorNorm, operator_norm
 from flatkern.problem import ParameterSelection
 from flatkern.results import Estimate
 
@@ -18,44 +18,36 @@ __all__ = ["Bounds", "Inequality", "bounds"]
 
 
 @dataclass(frozen=True)
-class Inequality:
-    """A chain of sides, each at most the next, as natural logarithms (they span many decades)."""
-
-    name: str
-    sides: dict[str, float]
-    """Natural logs of the sides, from left to right; those that need a missing condition are absent."""
-    status: str
-    """``"holds"``, ``"violated"`` or ``"not applicable"``."""
-    reason: str = ""
-    """Why it is not applicable, or which side is violated and by how much."""
-
-    @property
-    def looseness(self) -> float:
-        """log(last side) − log(first side); divide by log 10 for decades. NaN where not applicable."""
-        values = list(self.sides.values())
-        if not self.applicable:
-            return math.nan
-        return 0.0 if values[0] == values[-1] else values[-1] - values[0]  # both may be log 0
-
-    @property
-    def applicable(self) -> bool:
-        """Whether the conditions of the inequality are met."""
-        return self.status != "not applicable"
-
-
-@dataclass(frozen=True)
 class Bounds:
-    """The inequalities by name: ``"MLS"``, ``"Ma-Ying"``, ``"normalized MLS"``, ``"LVR"`` and ``"NMLS"``."""
+    """The inequalities by name; see :func:`bounds`."""
 
     inequalities: dict[str, Inequality]
     sharpness: Estimate
     """S_GN, which every right-hand side contains."""
     spectral_norms: dict[str, float] = field(repr=False)
-    """‖W_l‖₂ of the dense layers involved."""
+    """‖W_l‖₂ of each layer as the operator that it is, rounded up by its residual."""
+    per_layer: dict[str, Inequality] = field(default_factory=dict, repr=False)
+    """The reparametrization-invariant inequality of every layer: (1/n) Σ ‖x^l‖² σ_max(∂f/∂x^l)² ≤ ‖W_l‖² (1/n) Σ
+    ‖∂f/∂W_l‖_F²."""
+    operator_norms: dict[str, OperatorNorm] = field(default_factory=dict, repr=False)
+    """The same norms with residuals and certain bounds."""
 
     def __getitem__(self, name: str) -> Inequality:
         """The inequality called ``name``."""
         return self.inequalities[name]
+
+    def valid(self, name: str) -> Inequality:
+        """The inequality ``name`` if it applies, else the one that replaces it (per position), if there is one.
+
+        Raises:
+            ValueError: neither applies.
+        """
+        first = self.inequalities[name]
+        if first.applicable:
+            return first
+        if first.replacement and self.inequalities[first.replacement].applicable:
+            return self.inequalities[first.replacement]
+        raise ValueError(f"name: {name!r} is not applicable ({first.reason}), and nothing replaces it here")
 
 
 def bounds(
@@ -63,30 +55,45 @@ def bounds(
     x: Tensor,
     *,
     geometry: Geometry | None = None,
+    powers: Sequence[float] = (1, 2),
     params: ParameterSelection = None,
     max_memory: int | None = None,
 ) -> Bounds:
     """The paper's inequalities between sensitivity, volume and S = S_GN, both sides and all between.
 
-    With W₁ the first layer, ‖·‖₂ the spectral norm, g_i = ∂f/∂θ at x_i, J_i = ∂f/∂x at x_i:
+    With W₁ the first layer, ‖·‖₂ the operator norm, g_i = ∂f/∂θ at x_i, J_i = ∂f/∂x at x_i:
 
     * ``MLS``: A ≤ B ≤ C ≤ D with A = (1/n) Σ σ_max(J_i), B = ‖W₁‖₂ (1/n) Σ ‖∂f/∂W₁‖_F/‖x_i‖,
       C = ‖W₁‖₂ √((1/n) Σ 1/‖x_i‖²) √((1/n) Σ ‖∂f/∂W₁‖_F²), D = ‖W₁‖₂ √((1/n) Σ 1/‖x_i‖²) √S;
-    * ``Ma-Ying``: A ≤ (‖W₁‖₂/min ‖x_i‖) (1/n) Σ ‖∂f/∂W₁‖_F;
-    * ``normalized MLS``: (1/n) Σ ‖x_i‖² σ_max(J_i)² ≤ ‖W₁‖₂² (1/n) Σ ‖∂f/∂W₁‖_F²;
+    * ``MLS with bias``: the same with ‖x_i‖² + 1 for ‖x_i‖² and (W₁, b₁) for W₁: tighter, and finite at x_i = 0;
+    * ``Ma-Ying``: (1/n) Σ σ_max(J_i)^k ≤ (‖W₁‖₂/min ‖x_i‖)^k (1/n) Σ ‖∂f/∂W₁‖_F^k, for k = 1 and the other ``powers``
+      (``Ma-Ying k=2``);
+    * ``normalized MLS``: (1/n) Σ ‖x_i‖² σ_max(J_i)² ≤ ‖W₁‖₂² (1/n) Σ ‖∂f/∂W₁‖_F², and ``result.per_layer``;
+    * ``pointwise dV``: dV_i ≤ (‖J_i‖_F²/N)^{N/2} for every sample;
     * ``LVR``: (1/n) Σ dV_i ≤ N^{−N/2} (1/n) Σ ‖J_i‖_F^N ≤ N^{−N/2} (1/n) Σ (‖W₁‖₂‖∂f/∂W₁‖_F/‖x_i‖)^N ≤
       N^{−N/2} √((1/n) Σ (‖W₁‖₂/‖x_i‖)^{2N}) n^{(N−1)/2} S^{N/2};
     * ``NMLS``: Σ_l (1/n) Σ σ_max(∂f/∂x^l) ≤ (1/n) Σ √(Σ_l ‖W_l‖₂²/‖x_i^l‖²) ‖g_i‖_F ≤
-      √((1/n) Σ_i Σ_l ‖W_l‖₂²/‖x_i^l‖²) √S.
+      √((1/n) Σ_i Σ_l ‖W_l‖₂²/‖x_i^l‖²) √S, and ``NMLS with bias``;
+    * ``NVR``: Σ_l (1/n) Σ dV_i^l ≤ N^{−N/2} Σ_l (1/n) Σ ‖∂f/∂x^l‖_F^N ≤ N^{−N/2} (1/n) Σ √(Σ_l (‖W_l‖₂/‖x_i^l‖)^{2N})
+      ‖g_i‖_F^N ≤ N^{−N/2} √((1/n) Σ_i Σ_l (‖W_l‖₂/‖x_i^l‖)^{2N}) n^{(N−1)/2} S^{N/2}.
 
-    They hold at any θ and for any loss, S being S_GN, never Tr H. The first four need x to enter through one dense,
-    unshared, untied W₁; NMLS needs that of every layer and its input. Where a condition fails (weight sharing in
-    convolutions and sequences, skips, a sample of norm zero, a frozen weight) the status is ``"not applicable"`` with
-    the reason, and the statistic on the left is still given.
+    They hold at any θ and for any loss, S being S_GN, never Tr H. All but ``pointwise dV`` need x to enter through one
+    dense, unshared, untied W₁ (NMLS and NVR: every layer and its input). Where a condition fails (a skip, a sample of
+    norm zero, a frozen weight) the status is ``"not applicable"`` with the reason, and what is on the left is there.
+
+    Where a weight is shared over positions t (convolutions, tokens) the gradients of its copies can cancel, and what
+    holds instead has the gradients position by position, P_i = Σ_t ‖∂f/∂z_t‖_F² ‖x_t‖² and G_i = Σ_t ‖∂f/∂z_t‖_F²:
+    ``MLS per position``: A ≤ ‖W₁‖ (1/n) Σ √G_i ≤ ‖W₁‖ (1/n) Σ √((P_i + G_i)/(min_t ‖x_t‖² + 1)) ≤
+    ‖W₁‖ (1/n) Σ √P_i/min_t ‖x_t‖ ≤ ‖W₁‖ √((1/n) Σ 1/min_t ‖x_t‖²) √((1/n) Σ P_i), with ‖W₁‖ the norm of the convolution
+    as an operator; likewise ``normalized MLS``, ``LVR``, ``NMLS`` and ``NVR per position``. Layers on one and the same
+    input (queries, keys, values) count as one there, its norm at most √(Σ ‖W‖²). ``inequality.replacement`` names what
+    replaces it, ``result.valid(name)`` picks.
 
     Args:
         model, x, params, max_memory: as for :func:`flatkern.geometry`.
-        geometry: the result of ``fk.geometry(model, x)`` at the same θ, to reuse its pass.
+        geometry: the result of ``fk.geometry(model, x)`` at the same θ, to reuse its pass (also of a part of the
+            network: x^1 is then what goes into its source).
+        powers: the k of Ma-Ying.
 
     Returns:
         :class:`Bounds`.
@@ -98,13 +105,40 @@ def bounds(
         >>> import torch, flatkern as fk
         >>> model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
         >>> b = fk.bounds(model, torch.randn(16, 6))
-        >>> [i.status for i in b.inequalities.values()]
-        ['holds', 'holds', 'holds', 'holds', 'holds']
+        >>> sorted({i.status for i in b.inequalities.values()}), b["MLS"].looseness > 0
+        (['holds'], True)
     """
+    for k in powers:
+        if isinstance(k, bool) or not isinstance(k, (int, float)) or not k > 0:
+            raise ValueError(f"powers: expected positive numbers, got {k!r}")
     g = geometry if geometry is not None else _geometry(model, x, params=params, max_memory=max_memory)
+    _check_fits(g, model, x)
+    slack = max(1e-9, 100 * torch.finfo(g.dtype).eps)  # rounding of the Jacobians, in logarithms
+    norms = {name: operator_norm(layer.module, layer.input_shape) for name, layer in g.layers.items()}
+    safe = {name: norm.safe for name, norm in norms.items()}
+    chains = all_inequalities(g, safe, powers, slack)
+    return Bounds(
+        inequalities={c.name: c for c in chains},
+        sharpness=g.sharpness,
+        spectral_norms=safe,
+        per_layer=per_layer_inequalities(g, safe, slack),
+        operator_norms=norms,
+    )
+
+
+_geometry = geometry  # `bounds` has an argument of that name
+
+
+def _check_fits(g: Geometry, model: nn.Module, x: Tensor) -> None:
+    """Refuse a geometry taken elsewhere.
+
+    Raises:
+        ValueError: on other samples, another model, or at other weights.
+    """
     if len(g.input_norm_sq) != len(x):
         raise ValueError(f"geometry: it was taken on {len(g.input_norm_sq)} samples, x holds {len(x)}")
-    if not torch.allclose(_norm_sq(x).to(g.input_norm_sq), g.input_norm_sq, rtol=1e-6, atol=0):
+    norm_sq = x.detach().reshape(len(x), -1).double().square().sum(1).to(g.input_norm_sq)
+    if g.source is None and not torch.allclose(norm_sq, g.input_norm_sq, rtol=1e-6, atol=0):
         raise ValueError("geometry: it was taken on other inputs than x")
     own = {id(m) for m in model.modules()}
     for layer in g.layers.values():
@@ -115,148 +149,3 @@ def bounds(
             raise ValueError(
                 f"geometry: it was taken on another model or at other weights (layer {layer.name!r}); measure again"
             )
-    slack = max(1e-9, 100 * torch.finfo(g.dtype).eps)  # rounding of the Jacobians, in logarithms
-    norms = {
-        name: _spectral_norm(layer.module.weight)
-        for name, layer in g.layers.items()
-        if isinstance(layer.module, nn.Linear)
-    }
-    chains = [*_first_layer(g, norms, slack), _network(g, norms, slack)]
-    return Bounds({c.name: c for c in chains}, g.sharpness, norms)
-
-
-_geometry = geometry  # `bounds` has an argument of that name
-
-
-def _spectral_norm(weight: Tensor) -> float:
-    """‖W‖₂ exactly, by the smaller Gram matrix in float64."""
-    w = weight.detach().double()
-    gram = w @ w.T if w.shape[0] <= w.shape[1] else w.T @ w
-    return float(torch.linalg.eigvalsh(gram)[-1].clamp_min(0).sqrt())
-
-
-def _norm_sq(x: Tensor) -> Tensor:
-    return x.detach().reshape(len(x), -1).double().square().sum(1)
-
-
-def _log(value: Tensor | float) -> float:
-    number = float(value)
-    return math.log(number) if number > 0 else -math.inf
-
-
-def _log_mean_exp(logs: Tensor) -> float:
-    return float(torch.logsumexp(logs, 0)) - math.log(len(logs))
-
-
-def _chain(name: str, sides: dict[str, float], slack: float) -> Inequality:
-    values = list(sides.items())
-    for (left, a), (right, b) in itertools.pairwise(values):
-        if a > b + slack * max(1.0, abs(b)) and a != -math.inf:
-            return Inequality(name, sides, "violated", f"log {left} exceeds log {right} by {a - b:.3g}")
-    return Inequality(name, sides, "holds")
-
-
-def _layer_condition(layer: LayerGeometry) -> str:
-    """Why a layer does not satisfy what the inequalities need; empty where it does."""
-    if not isinstance(layer.module, nn.Linear):
-        return f"weight sharing: {layer.name!r} is a convolution, gradients of its copies can cancel"
-    if layer.positions > 1:
-        return f"weight sharing: {layer.name!r} is applied at {layer.positions} positions of a sample"
-    if layer.weight_gradient_sq is None:
-        return f"the weight of {layer.name!r} is frozen, not selected, or used elsewhere too"
-    if not layer.sole_consumer:
-        return (
-            f"the input of {layer.name!r} reaches the output by other ways too (a skip, or several consumers)"
-        )
-    zeros = int((layer.input_norm_sq == 0).sum())
-    return f"{zeros} samples have a zero input to {layer.name!r}" if zeros else ""
-
-
-def _first_layer(g: Geometry, norms: dict[str, float], slack: float) -> list[Inequality]:
-    n, outputs, sigma = len(g.input_norm_sq), g.outputs, g.max_sensitivity.values
-    log_energy = g.singular_values.square().sum(1).log()  # log ‖J_i‖_F²
-    half = outputs / 2
-    mls, normalized = _log(sigma.mean()), _log(g.normalized_mls.value)
-    frobenius = _log_mean_exp(half * log_energy) - half * math.log(outputs)
-    lvr = _log_mean_exp(g.log_volume.values)
-    first = next((layer for layer in g.layers.values() if layer.takes_model_input), None)
-    reason = (
-        "x does not enter, unchanged, a linear layer that was measured"
-        if first is None
-        else _layer_condition(first)
-    )
-    if first is None or reason or first.weight_gradient_sq is None:
-        volume = {"LVR": lvr, "Frobenius": frobenius}
-        return [
-            Inequality("MLS", {"A": mls}, "not applicable", reason),
-            Inequality("Ma-Ying", {"MLS": mls}, "not applicable", reason),
-            Inequality("normalized MLS", {"normalized MLS": normalized}, "not applicable", reason),
-            Inequality("LVR", volume, "not applicable", reason),
-        ]
-    log_w, norm_sq, gradient_sq = (
-        _log(norms[first.name]),
-        g.input_norm_sq,
-        first.weight_gradient_sq,
-    )
-    log_inverse = 0.5 * _log((1 / norm_sq).mean())
-    log_s = _log(g.sharpness.value)
-    per_sample = gradient_sq.log() - norm_sq.log()  # log (‖∂f/∂W₁‖²/‖x‖²)
-    return [
-        _chain(
-            "MLS",
-            {
-                "A": mls,
-                "B": log_w + _log((gradient_sq / norm_sq).sqrt().mean()),
-                "C": log_w + log_inverse + 0.5 * _log(gradient_sq.mean()),
-                "D": log_w + log_inverse + 0.5 * log_s,
-            },
-            slack,
-        ),
-        _chain(
-            "Ma-Ying",
-            {"MLS": mls, "bound": log_w - 0.5 * _log(norm_sq.min()) + _log(gradient_sq.sqrt().mean())},
-            slack,
-        ),
-        _chain(
-            "normalized MLS",
-            {"normalized MLS": normalized, "bound": 2 * log_w + _log(gradient_sq.mean())},
-            slack,
-        ),
-        _chain(
-            "LVR",
-            {
-                "LVR": lvr,
-                "Frobenius": frobenius,
-                "first layer": outputs * log_w + _log_mean_exp(half * per_sample) - half * math.log(outputs),
-                "bound": outputs * log_w
-                + 0.5 * _log_mean_exp(-outputs * norm_sq.log())
-                + (outputs - 1) / 2 * math.log(n)
-                + half * log_s
-                - half * math.log(outputs),
-            },
-            slack * outputs,
-        ),
-    ]
-
-
-def _network(g: Geometry, norms: dict[str, float], slack: float) -> Inequality:
-    left = {"NMLS": _log(g.nmls.value)}
-    layers: Sequence[LayerGeometry] = list(g.layers.values())
-    if not layers:
-        return Inequality("NMLS", left, "not applicable", "no linear or convolutional layer was measured")
-    for layer in layers:
-        reason = _layer_condition(layer)
-        if reason:
-            return Inequality("NMLS", left, "not applicable", reason)
-    ratio = torch.stack([norms[layer.name] ** 2 / layer.input_norm_sq for layer in layers]).sum(0)
-    gradient_sq = g.sharpness.per_sample
-    assert gradient_sq is not None
-    return _chain(
-        "NMLS",
-        {
-            **left,
-            "per sample": _log((ratio * gradient_sq).sqrt().mean()),
-            "bound": 0.5 * _log(ratio.mean()) + 0.5 * _log(g.sharpness.value),
-        },
-        slack,
-    )

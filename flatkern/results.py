@@ -101,6 +101,14 @@ class PerSample:
     notes: tuple[str, ...] = ()
     per_layer: Mapping[str, Tensor] | None = field(default=None, repr=False)
     """``values`` split by layer, [n] each, where they are sums over layers and the split was asked for."""
+    errors: Tensor | None = field(default=None, repr=False)
+    """Where the values are estimates: the estimator's own standard error of each, [n]; ``stderr`` is their mean's."""
+    lower: Tensor | None = field(default=None, repr=False)
+    """A bound from below for each value, [n], where there is one beside the value; what it rests on is in ``notes``."""
+    upper: Tensor | None = field(default=None, repr=False)
+    """Likewise from above."""
+    residuals: Tensor | None = field(default=None, repr=False)
+    """For singular values found by iteration: a singular value lies within this distance, [n]."""
 
     @property
     def rank_deficient(self) -> int:

@@ -42,9 +42,10 @@ class Spectrum:
     tolerance: float
 
     @staticmethod
-    def concatenate(parts: Sequence[Spectrum], rank: int) -> Spectrum:
-        """The spectra of consecutive chunks as one; ``rank`` singular values a sample are kept."""
+    def concatenate(parts: Sequence[Spectrum], rank: int | None = None) -> Spectrum:
+        """The spectra of consecutive chunks as one; ``rank`` singular values a sample are kept (default: all)."""
         first = parts[0]
+        rank = min(p.singular_values.shape[1] for p in parts) if rank is None else rank
         return Spectrum(
             torch.cat([p.singular_values for p in parts])[:, :rank],
             torch.cat([p.energy for p in parts]),
@@ -80,6 +81,38 @@ class Spectrum:
         deficient = kept[:, -1] <= self.tolerance * self.top
         values = kept.clamp_min(torch.finfo(torch.float64).tiny).log().sum(1)
         return PerSample(torch.where(deficient, -float("inf"), values), deficient)
+
+    def rank(self) -> Tensor:
+        """How many singular values exceed the tolerance, [n]."""
+        return ((self.singular_values > self.tolerance * self.top[:, None]) & (self.top[:, None] > 0)).sum(1)
+
+    def pseudo_log_volume(self, threshold: float | None = None) -> PerSample:
+        """Σ log σ_j over σ_j > ``threshold`` · σ_max (default :func:`rank_tolerance`), [n].
+
+        −inf (and marked) for a Jacobian that is zero. The kept singular values are counted in ``notes``.
+
+        Raises:
+            ValueError: ``threshold`` not in [0, 1).
+        """
+        if threshold is not None and not 0 <= threshold < 1:
+            raise ValueError(f"threshold: expected a number from 0 to below 1, got {threshold!r}")
+        limit = self.tolerance if threshold is None else threshold
+        kept = self.singular_values > limit * self.top[:, None]
+        zero = ~kept.any(1)
+        logs = self.singular_values.clamp_min(torch.finfo(torch.float64).tiny).log()
+        counts = kept.sum(1)
+        note = (
+            f"singular values above {limit:.3g} of the largest: {int(counts.min())} to {int(counts.max())} "
+            f"of {self.outputs}"
+        )
+        values = torch.where(kept, logs, 0.0).sum(1)
+        return PerSample(torch.where(zero, -float("inf"), values), zero, notes=(note,))
+
+    def condition_numbers(self) -> tuple[Tensor, Tensor]:
+        """σ_max/σ_min [n], inf for those of deficient rank, and which these are."""
+        least = self.singular_values[:, -1]
+        deficient = least <= self.tolerance * self.top
+        return torch.where(deficient, float("inf"), self.top / torch.where(deficient, 1.0, least)), deficient
 
     def participation_ratio(self) -> PerSample:
         """(Σ σ²)²/Σ σ⁴, [n], in [1, N]; 0 (and marked) for a Jacobian that is zero."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,19 +53,22 @@ def parameter_squared_norms(
     roots: Tensor,
     parameters: Mapping[str, Tensor],
     extra: Sequence[GradientEdge] = (),
+    watched: Sequence[GradientEdge] = (),
+    observe: Callable[[Sequence[Tensor | None]], None] | None = None,
 ) -> SquaredNorms:
     """Pull ``roots`` [K, n, *output] back once and collect ghost norms, rows and the exact fall-back.
 
     Every parameter of ``parameters`` is in the result: by rules, by the fall-back, or as zeros because the output
-    does not depend on it.
+    does not depend on it. Cotangents [k, n, ...] at the ``watched`` places are handed to ``observe`` block by block and
+    not kept.
     """
     n, device = lin.n, lin.output.device
     norms = {name: torch.zeros(n, dtype=torch.float64, device=device) for name in parameters}
     sites = lin.uses.sites
     edges = [GradientEdge(node, 0) for node in sites]
     rows: list[Tensor | None] = [None] * len(extra)
-    if lin.output.grad_fn is not None and (edges or extra):
-        for block, found in pull_back(lin, roots, [*edges, *extra]):
+    if lin.output.grad_fn is not None and (edges or extra or watched):
+        for block, found in pull_back(lin, roots, [*edges, *extra, *watched]):
             cotangents = {
                 node: Cotangent(g, site)
                 for (node, site), g in zip(sites.items(), found, strict=False)
@@ -75,10 +78,13 @@ def parameter_squared_norms(
                 for name in lin.uses.by_parameter:
                     for term in lin.uses.terms(name, parameters[name], cotangents):
                         norms[name] += term.squared_norms(lin.scratch)
-            for index, cotangent in enumerate(found[len(edges) :]):
+            rest = found[len(edges) :]
+            if observe is not None:
+                observe(rest[len(extra) :])
+            for index, cotangent in enumerate(rest[: len(extra)]):
                 if cotangent is not None:
                     rows[index] = with_rows(rows[index], cotangent, block, len(roots))
-            del found, cotangents
+            del found, rest, cotangents
     notes = []
     if lin.uses.derived:
         notes.append(

@@ -7,13 +7,14 @@ that layer, and whether the model's input reaches its first layer unchanged.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from flatkern.capture import LayerCall, graph_nodes
 
-__all__ = ["holds_entries_of", "is_sole_consumer"]
+__all__ = ["holds_entries_of", "is_sole_consumer", "joint_consumers"]
 
 # operations that keep every entry and add none
 _RESHAPES = (
@@ -56,3 +57,27 @@ def is_sole_consumer(output: Tensor, call: LayerCall) -> bool:
         return False
     around, _ = graph_nodes(output.grad_fn, without=frozenset({call.output_edge.node}))
     return call.input_edge.node not in around
+
+
+def joint_consumers(output: Tensor, call: LayerCall, calls: Sequence[LayerCall]) -> tuple[LayerCall, ...]:
+    """The other calls that take the same tensor, where all of them together are the only way on from it.
+
+    Queries, keys and values of one input, say. Empty where there is none, or where the output is reached around them.
+    """
+    if output.grad_fn is None or call.input_edge is None:
+        return ()
+    place = (call.input_edge.node, call.input_edge.output_nr)
+    together = [
+        other
+        for other in calls
+        if other.input_edge is not None
+        and other.output_edge is not None
+        and (other.input_edge.node, other.input_edge.output_nr) == place
+    ]
+    if len(together) < 2:
+        return ()
+    ways = frozenset(other.output_edge.node for other in together if other.output_edge is not None)
+    around, _ = graph_nodes(output.grad_fn, without=ways)
+    if call.input_edge.node in around:
+        return ()
+    return tuple(other for other in together if other is not call)

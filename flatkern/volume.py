@@ -65,7 +65,8 @@ def log_volume(
 def max_sensitivity(model: nn.Module, x: Tensor, *, max_memory: int | None = None) -> PerSample:
     """σ_max(J_i), the spectral norm of the input-output Jacobian, one value a sample; its mean is the paper's MLS.
 
-    No normalization by √N. Arguments, errors and conventions as :func:`log_volume`.
+    No normalization by √N. Arguments, errors and conventions as :func:`log_volume`. Exact, by all N cotangents; with
+    many outputs and inputs :func:`flatkern.geometry` finds it without a Jacobian.
 
     Example:
         >>> import torch, flatkern as fk

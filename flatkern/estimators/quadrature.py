@@ -84,8 +84,10 @@ class Tridiagonals:
         """The m nodes of Gauss quadrature: exact for polynomials of degree up to 2 m − 1."""
         return _rule(self.diagonal, self.off_diagonal[:, :-1])
 
-    def radau(self, node: float) -> Rule:
+    def radau(self, node: float | Tensor) -> Rule:
         """The m + 1 nodes of Gauss–Radau quadrature with one at ``node``, outside the Ritz values; degree 2 m.
+
+        ``node`` may be one for each run, [k].
 
         Source: Golub, "Some modified matrix eigenvalue problems", SIAM Review 15 (1973).
         """
