@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from flatkern.losses import Loss, Reduction
 from flatkern.operators.batches import Forward
 from flatkern.operators.curvature import CurvatureOperator
+from flatkern.operators.gradient_tape import GradientTape
+from flatkern.operators.linearization import Linearization
+from flatkern.operators.linearized import LinearizedOutput
 from flatkern.operators.output_map import OutputMap
 from flatkern.operators.products import Mode
 from flatkern.problem import ParameterSelection
 
-__all__ = ["CurvedOutput", "GGNOperator", "ggn", "output_gradient"]
+__all__ = ["CurvedOutput", "GGNOperator", "curved", "ggn", "output_gradient"]
 
 OutputProduct = Callable[[Tensor], Tensor | None]
 
@@ -41,11 +44,20 @@ class GGNOperator(CurvatureOperator):
         """Known where the loss's output Hessian has a real square root."""
         return self._loss.root is not None
 
-    def _linearize(self, output: Tensor, target: Tensor, index: int) -> CurvedOutput:
+    def _linearize(
+        self, output: Tensor, target: Tensor, index: int, tape: GradientTape | None
+    ) -> Linearization:
         self._numerator(output.detach(), target)  # its checks only
-        return CurvedOutput(
-            OutputMap(self._parameters, output), _loss_product(output.detach(), target, self._loss)
-        )
+        return curved(self._parameters, output, _loss_product(output.detach(), target, self._loss), tape)
+
+
+def curved(
+    parameters: Sequence[Tensor], output: Tensor, product: OutputProduct, tape: GradientTape | None
+) -> Linearization:
+    """Jᵀ C J with C in closed form: by autograd's graph, or as tangent programs with the tape of the output."""
+    if tape is None:
+        return CurvedOutput(OutputMap(parameters, output), product)
+    return LinearizedOutput(tape, output, parameters, product)
 
 
 class CurvedOutput:

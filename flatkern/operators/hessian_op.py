@@ -12,7 +12,9 @@ from flatkern.losses import Reduction
 from flatkern.operators.batches import Forward
 from flatkern.operators.curvature import CurvatureOperator
 from flatkern.operators.forward_over_reverse import ForwardOverReverse
+from flatkern.operators.gradient_tape import GradientTape, noting
 from flatkern.operators.linearization import Linearization
+from flatkern.operators.linearized import LinearizedGradient
 from flatkern.operators.products import Mode
 from flatkern.problem import ParameterSelection
 
@@ -36,15 +38,23 @@ class HessianOperator(CurvatureOperator):
         """How a product is done."""
         return "double backward"
 
-    def _linearize(self, output: Tensor, target: Any, index: int) -> _GradientGraph:
-        value = self._numerator(output, target)
+    def _linearize(
+        self, output: Tensor, target: Any, index: int, tape: GradientTape | None
+    ) -> Linearization:
+        with noting(tape):
+            value = self._numerator(output, target)
         gradients: Sequence[Tensor | None] = [None] * len(self._parameters)
-        if value.requires_grad:
+        if value.requires_grad and tape is not None:
+            _, found = tape.backward(value, self._parameters, torch.ones_like(value).detach())
+            gradients = [None if g is None else g.tensor for g in found]
+        elif value.requires_grad:
             gradients = torch.autograd.grad(value, self._parameters, create_graph=True, allow_unused=True)
         for name, gradient in zip(self.layout.names, gradients, strict=True):
             if gradient is not None and not bool(torch.isfinite(gradient.detach().sum())):
                 _check_finite(name, gradient.detach())
-        return _GradientGraph(self._parameters, gradients)
+        if tape is None:
+            return _GradientGraph(self._parameters, gradients)
+        return LinearizedGradient(tape, found if value.requires_grad else gradients)
 
 
 def _check_finite(name: str, gradient: Tensor) -> None:
