@@ -86,6 +86,18 @@ class GradientTape(Recorder):
             self._by_storage.setdefault(tensor.untyped_storage().data_ptr(), []).append(value)
         return value
 
+    def value_of(self, tensor: Tensor) -> Value:
+        """See :class:`Recorder`; what the backward pass unpacks is the forward pass's value."""
+        known = super().value_of(tensor)
+        first = self._first_backward
+        if first is None or known.index < first or not tensor.requires_grad:
+            return known
+        # unpacking detaches what was saved, and puts it back into its place in the graph afterwards
+        saved = [v for v in self._by_place.get(_place(tensor), ()) if v.differentiable and v.index < first]
+        if not saved:
+            raise UnsupportedError("the backward pass reads memory of the forward pass in another shape")
+        return saved[-1]
+
     def _unknown(self, tensor: Tensor) -> Value:
         if not tensor.numel():
             return super()._unknown(tensor)
