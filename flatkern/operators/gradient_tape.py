@@ -6,7 +6,7 @@ that memory, so that the backward pass is seen to depend on the forward one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,6 +34,7 @@ class GradientTape(Recorder):
         self._by_storage: dict[int, list[Value]] = {}
         self._backward_from: int | None = None  # number of the first operation of the backward pass
         self._first_backward: int | None = None  # and of its first value
+        self._unpacked: set[int] = set()  # values that the backward pass has detached
         self.parameters = [self.value_of(p) for p in parameters]
 
     def settle(self) -> None:
@@ -89,14 +90,27 @@ class GradientTape(Recorder):
     def value_of(self, tensor: Tensor) -> Value:
         """See :class:`Recorder`; what the backward pass unpacks is the forward pass's value."""
         known = super().value_of(tensor)
-        first = self._first_backward
-        if first is None or known.index < first or not tensor.requires_grad:
+        if known.index not in self._unpacked or not tensor.requires_grad:
             return known
         # unpacking detaches what was saved, and puts it back into its place in the graph afterwards
-        saved = [v for v in self._by_place.get(_place(tensor), ()) if v.differentiable and v.index < first]
+        saved = [v for v in self._by_place.get(_place(tensor), ()) if v.differentiable and v.index < known.index]
         if not saved:
             raise UnsupportedError("the backward pass reads memory of the forward pass in another shape")
         return saved[-1]
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """See :class:`Recorder`."""
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        op = self.tape.ops[-1]
+        if self._first_backward is not None and op.name == "detach":
+            self._unpacked.add(op.output.index)
+        return result
 
     def _unknown(self, tensor: Tensor) -> Value:
         if not tensor.numel():
