@@ -64,7 +64,7 @@ class Groups:
 
     def mean_of(self, a: Tensor, u: Tensor) -> Tensor:
         """mean(a u) over each group, [K, *shape] → [K, rows, 1]."""
-        return (a * u).view(u.shape[0], -1, self.size).mean(-1, keepdim=True)
+        return (a * u).reshape(u.shape[0], -1, self.size).mean(-1, keepdim=True)
 
     def add(self, total: Tensor, a: Tensor, by: Tensor) -> None:
         """total −= by · a, with a number ``by`` [K, rows, 1] a group."""
@@ -152,7 +152,7 @@ class NormalizedBackward(Rule):
             return None if u is None else groups.project(u)
         if u is None:
             u = torch.zeros_like(dx)
-        u = u.contiguous()
+        u = u.contiguous()  # the groups are views of it
         flat = dx.reshape(dx.shape[0], -1, groups.size)
         u.view(flat.shape).addcmul_(self.shift, flat, value=-1)
         total = groups.project(u)
