@@ -145,7 +145,7 @@ class Pointwise(Combination):
             if v.index not in self.inputs:
                 return v.tensor
             if v.index not in leaves:
-                whole = v.tensor.expand(y.shape).clone(memory_format=torch.contiguous_format)
+                whole = v.tensor.expand(y.shape).clone()
                 leaves[v.index] = whole.requires_grad_()
             return leaves[v.index]
 
