@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from flatkern.operators.tangent_rules import ignored_places
 from flatkern.tape import Op, Recorder, UnsupportedError, Value
@@ -19,6 +20,13 @@ from flatkern.tape import Op, Recorder, UnsupportedError, Value
 __all__ = ["GradientTape", "noting"]
 
 Place = tuple[Any, ...]
+CONSTANT = frozenset(
+    """
+    ceil empty_like fill floor full_like heaviside new_empty new_empty_strided new_full new_ones new_zeros ones_like
+    round sgn sign trunc zero zeros_like
+    """.split()  # noqa: SIM905
+)
+"""Operations whose result does not depend on their operands' values, but in places of measure zero."""
 
 
 class GradientTape(Recorder):
@@ -57,7 +65,7 @@ class GradientTape(Recorder):
         found = {v.index for v in sources}
         for place, op in enumerate(self.tape.ops):
             forward = self._backward_from is None or place < self._backward_from
-            if op.name in ("zero", "fill"):
+            if op.name in CONSTANT:
                 continue
             if forward:
                 self._check_followed(op)
@@ -74,9 +82,9 @@ class GradientTape(Recorder):
 
     def _check_followed(self, op: Op) -> None:
         # an autograd.Function computes out of autograd's sight, and only its result is differentiable
-        if any(v is not None and v.differentiable for v in op.outputs) and not any(
-            v.differentiable for v in op.inputs
-        ):
+        followed = [v for v in op.outputs if v is not None and v.differentiable]
+        own = any(v.edge is not None and isinstance(v.edge.node, BackwardCFunction) for v in followed)
+        if own or (followed and not any(v.differentiable for v in op.inputs)):
             raise UnsupportedError(f"autograd follows the result of {op.name} by a rule of its own")
 
     # -- values by their memory --------------------------------------------------------------------

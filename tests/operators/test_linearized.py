@@ -23,7 +23,7 @@ from flatkern.operators.tangent_rules import pointwise
 
 CE = nn.CrossEntropyLoss()
 # what has an operation without a rule: the graphs are kept
-WITHOUT = {"residual", "pooling", "sequence", "weight norm", "bag"}
+WITHOUT = {"pooling", "sequence"}
 BUILD = {"hessian": (hessian, explicit_hessian), "ggn": (ggn, explicit_ggn)}
 
 
@@ -154,7 +154,7 @@ INDEX = torch.tensor([[0, 2], [1, 1]])
 OPERATIONS = {
     "cat": lambda w: torch.cat([w, w.square(), torch.ones(3, 4, 1, dtype=w.dtype)], 2),
     "stack": lambda w: torch.stack([w, w * w[:1]], 1),
-    "split": lambda w: w.split([2, 4], 2)[1] * w.split(2, 1)[0][..., :4],
+    "split": lambda w: w.split([2, 4], 2)[1] * w.split(2, 2)[0].repeat(1, 1, 2),
     "unbind": lambda w: w.unbind(1)[2] * w.unbind(1)[0],
     "select, slice": lambda w: w[1, 1:, ::2] * w[2, :3, 1::2],
     "flip, roll": lambda w: w.flip(-1) * w.roll(1, 2),
@@ -198,9 +198,13 @@ OPERATIONS = {
     "products": lambda w: torch.baddbmm(w @ w.mT, w, w.mT, beta=0.5, alpha=2) @ w,
     "matrices": lambda w: torch.addmm(w[0] @ w[1].mT, w[0], w[1].mT, beta=0.5, alpha=2),
     "vectors": lambda w: w[0] @ w[1, 1] * (w[0, 0] @ w[0, 1]),
+    "glu": lambda w: F.glu(w) * F.glu(w[..., :2], 2),
+    "norms": lambda w: w / w.norm(dim=2, keepdim=True) + torch.logsumexp(w, 1, True),
+    "bilinear": lambda w: F.bilinear(w[0], w[1], w[:, :, :].repeat(1, 2, 1)[:, :6]),
+    "products and sums along an axis": lambda w: w.cumsum(1) * (w + 2).prod(2, True) * w.var(1, keepdim=True),
     "cast": lambda w: (w.to(torch.float64) * w).square(),
     "detached": lambda w: w.detach() * w + w.detach().square() * w.square(),
-    "written to": lambda w: (w.exp().mul_(w).add_(1)).relu_(),
+    "written to": lambda w: ((w.exp() + w).mul_(2).sub_(1)).relu_(),
 }
 
 

@@ -1,6 +1,6 @@
 """Rules for the tangents of elementary operations, K tangents at a time; one file a kind."""
 
-from . import convolution, dense, indexing, losses, normalization, pointwise, pooling, shapes, softmax, sums
+from . import convolution, dense, indexing, losses, normalization, other, pointwise, pooling, shapes, softmax, sums
 from .rule import Rule, ignored_places, rule_for
 
 __all__ = ["Rule", "ignored_places", "rule_for"]

@@ -176,10 +176,22 @@ def _compact(partial: Tensor) -> Factor:
     return float(first) if bool((partial == first).all()) else partial
 
 
-@register("sgn", "sign", "ceil", "floor", "round", "trunc", "zeros_like", "ones_like", "full_like", "heaviside")
-class Flat(Rule):
-    """Functions that are constant almost everywhere."""
+@register("_prelu_kernel_backward")
+class LeakyBackward(Rule):
+    """(g, x, w) → (g or w g, 0 or x g), by the sign of x."""
+
+    def __init__(self, op: Op, active: frozenset[int]) -> None:
+        super().__init__(op, active)
+        self.g, self.x, self.w = (value(op, place) for place in range(3))
+        self.below = self.x <= 0
+        self.found = [v is not None and v.index in active for v in op.outputs]
 
     def run(self, tangents: Sequence[Tangent], owned: Sequence[bool]) -> Sequence[Tangent]:
         """See :class:`Rule`."""
-        return [None] * len(self.outputs)
+        dg, dx, dw = (self.at(tangents, place) for place in range(3))
+        like = next(t for t in tangents if t is not None)
+        zero = like.new_zeros(like.shape[0], *self.x.shape)
+        dg, dx = (zero if t is None else t for t in (dg, dx))
+        slope = dg * self.w if dw is None else dg * self.w + lift(dw, self.x.ndim) * self.g
+        results = (torch.where(self.below, slope, dg), torch.where(self.below, dx * self.g + self.x * dg, 0.0))
+        return [r for r, here in zip(results, self.found, strict=True) if here]

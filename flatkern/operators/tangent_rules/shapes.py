@@ -167,7 +167,7 @@ class Parts(Move):
         return [part for part, here in zip(self.func(t, *self.moved), self.found, strict=True) if here]
 
 
-@register("select_backward", "slice_backward", "diagonal_backward", "unfold_backward")
+@register("select_backward", "slice_backward", "diagonal_backward")
 class Embedded(Move):
     """The entries in their place among zeros."""
 
@@ -175,9 +175,10 @@ class Embedded(Move):
         super().__init__(op, active)
         self.func = op.func
         sizes, *rest = self.args
-        if op.name not in ("select_backward", "slice_backward"):
-            raise UnsupportedError(f"no tangent rule for {op.name}")
-        self.sizes, self.rest = list(sizes), [rest[0] % len(sizes) + 1, *rest[1:]]
+        axes = (1, 2) if op.name == "diagonal_backward" else (0,)
+        for i in axes:
+            rest[i] = rest[i] % len(sizes) + 1
+        self.sizes, self.rest = list(sizes), rest
 
     def aliases(self, present: Sequence[bool]) -> bool:
         """See :class:`Rule`."""
