@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from flatkern.operators.tangent_rules import Rule, rule_for
@@ -44,7 +45,26 @@ class TangentProgram:
             needed.update(rule.inputs)
             rules.append(rule)
         self._rules = rules[::-1]
+        self._arrange_images()
         self._plans: dict[tuple[tuple[bool, ...], tuple[int, ...]], list[Step]] = {}
+
+    def _arrange_images(self) -> None:
+        """Constants that meet images from convolutions get the order of memory that those have."""
+        done: dict[int, tuple[Tensor, Tensor]] = {}  # by the address of the original, which is held as well
+
+        def convert(t: Tensor) -> Tensor:
+            if t.ndim != 4:
+                return t
+            key = t.data_ptr()
+            if key not in done or done[key][0].shape != t.shape or done[key][0].stride() != t.stride():
+                done[key] = t, t.contiguous(memory_format=torch.channels_last)
+            return done[key][1]
+
+        images: set[int] = set()
+        for rule in self._rules:
+            if rule.image_source or (rule.image_path and any(i in images for i in rule.inputs)):
+                rule.channels_last(convert)
+                images.update(rule.outputs)
 
     def constants(self) -> list[Tensor]:
         """All tensors that are kept."""

@@ -10,7 +10,7 @@ with a = mean(h x̂), q = mean(x̂ ẋ), e = mean(g_x ẋ), since σ̇ = q and P
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
@@ -176,6 +176,8 @@ class NormalizedBackward(Rule):
 class FixedStatistics(Rule):
     """γ (x − m)/√(v + ε) + β with given m and v."""
 
+    image_path = True
+
     def __init__(self, op: Op, active: frozenset[int]) -> None:
         super().__init__(op, active)
         if op.name != "_native_batch_norm_legit_no_training" and op.args[5]:
@@ -187,6 +189,10 @@ class FixedStatistics(Rule):
         self.unit = (x - mean.reshape(self.axes)) * inverse if self.has(1) else None
         self.factor = inverse if gamma is None else inverse * gamma.reshape(self.axes)
         self.outputs = self.outputs[:1]
+
+    def channels_last(self, convert: Callable[[Tensor], Tensor]) -> None:
+        """See :class:`Rule`."""
+        self.unit = None if self.unit is None else convert(self.unit)
 
     def run(self, tangents: Sequence[Tangent], owned: Sequence[bool]) -> Sequence[Tangent]:
         """See :class:`Rule`."""
@@ -206,6 +212,8 @@ class FixedStatistics(Rule):
 class FixedStatisticsBackward(Rule):
     """Gradients in x, γ and β."""
 
+    image_path = True
+
     def __init__(self, op: Op, active: frozenset[int]) -> None:
         super().__init__(op, active)
         if op.args[7]:
@@ -217,6 +225,10 @@ class FixedStatisticsBackward(Rule):
         self.factor = self.inverse if gamma is None else self.inverse * gamma.reshape(self.axes)
         self.summed = [1, *range(3, x.ndim + 1)]
         self.found = [v is not None and v.index in active for v in op.outputs]
+
+    def channels_last(self, convert: Callable[[Tensor], Tensor]) -> None:
+        """See :class:`Rule`."""
+        self.g, self.unit = convert(self.g), convert(self.unit)
 
     def run(self, tangents: Sequence[Tangent], owned: Sequence[bool]) -> Sequence[Tangent]:
         """See :class:`Rule`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -53,6 +53,11 @@ class Combination(Rule):
     """One for each of ``terms``."""
     terms: list[int]
     """Positions in ``inputs``."""
+    image_path = True
+
+    def channels_last(self, convert: Callable[[Tensor], Tensor]) -> None:
+        """See :class:`Rule`."""
+        self.factors = [convert(f) if isinstance(f, Tensor) and f.shape == self.shape else f for f in self.factors]
 
     def aliases(self, present: Sequence[bool]) -> bool:
         """See :class:`Rule`."""

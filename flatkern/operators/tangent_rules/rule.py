@@ -44,6 +44,14 @@ class Rule(ABC):
     overlaps = False
     """Whether entries of an output may share memory with one another."""
 
+    image_source = False
+    """Whether outputs are images that are best kept with their channels last in memory."""
+    image_path = False
+    """Whether outputs lie in memory as inputs do."""
+
+    def channels_last(self, convert: Callable[[Tensor], Tensor]) -> None:
+        """Put constants that are images into that order; only asked of image sources and paths."""
+
     @abstractmethod
     def run(self, tangents: Sequence[Tangent], owned: Sequence[bool]) -> Sequence[Tangent]:
         """Tangents of ``outputs`` from those of ``inputs``; what is ``owned`` may be overwritten."""
