@@ -72,7 +72,12 @@ class CurvedOutput:
         return self._map.roots
 
     def apply(
-        self, tangents: Sequence[Tensor | None], wanted: Sequence[int], *, batched: bool = False
+        self,
+        tangents: Sequence[Tensor | None],
+        wanted: Sequence[int],
+        *,
+        batched: bool = False,
+        places: Sequence[Tensor] | None = None,
     ) -> Sequence[Tensor | None]:
         """J v, C, Jᵀ."""
         change = self._map.push(tangents, batched=batched)

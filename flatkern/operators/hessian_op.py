@@ -79,7 +79,12 @@ class _GradientGraph:
         return list(self._active.values())
 
     def apply(
-        self, tangents: Sequence[Tensor | None], wanted: Sequence[int], *, batched: bool = False
+        self,
+        tangents: Sequence[Tensor | None],
+        wanted: Sequence[int],
+        *,
+        batched: bool = False,
+        places: Sequence[Tensor] | None = None,
     ) -> Sequence[Tensor | None]:
         """The gradient of ⟨∇L, v⟩ in the wanted parameters."""
         used = [i for i in self._active if tangents[i] is not None]

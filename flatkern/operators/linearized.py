@@ -18,8 +18,22 @@ def _rows(tangents: Sequence[Tensor | None], batched: bool) -> list[Tensor | Non
     return [t if t is None or batched else t.unsqueeze(0) for t in tangents]
 
 
-def _unbatched(images: Sequence[Tensor | None], batched: bool) -> list[Tensor | None]:
-    return [t if t is None or batched else t[0] for t in images]
+def _run(
+    program: TangentProgram,
+    tangents: Sequence[Tensor | None],
+    wanted: Sequence[int],
+    batched: bool,
+    places: Sequence[Tensor] | None,
+) -> list[Tensor | None]:
+    """The program on K tangents, or on a single one without the leading axis."""
+    if batched:
+        return program.apply(tangents, wanted, places)
+    rows = None if places is None else [p.unsqueeze(0) for p in places]
+    images = program.apply(_rows(tangents, batched), wanted, rows)
+    return [
+        None if t is None else places[j] if places is not None and rows is not None and t is rows[j] else t[0]
+        for j, t in enumerate(images)
+    ]
 
 
 class LinearizedGradient:
@@ -34,10 +48,15 @@ class LinearizedGradient:
         return self._program.constants()
 
     def apply(
-        self, tangents: Sequence[Tensor | None], wanted: Sequence[int], *, batched: bool = False
+        self,
+        tangents: Sequence[Tensor | None],
+        wanted: Sequence[int],
+        *,
+        batched: bool = False,
+        places: Sequence[Tensor] | None = None,
     ) -> Sequence[Tensor | None]:
-        """H v in the wanted parameters."""
-        return _unbatched(self._program.apply(_rows(tangents, batched), wanted), batched)
+        """H v in the wanted parameters; see :class:`Linearization`."""
+        return _run(self._program, tangents, wanted, batched, places)
 
 
 class LinearizedOutput:
@@ -67,9 +86,14 @@ class LinearizedOutput:
         return [t for program in programs for t in program.constants()]
 
     def apply(
-        self, tangents: Sequence[Tensor | None], wanted: Sequence[int], *, batched: bool = False
+        self,
+        tangents: Sequence[Tensor | None],
+        wanted: Sequence[int],
+        *,
+        batched: bool = False,
+        places: Sequence[Tensor] | None = None,
     ) -> Sequence[Tensor | None]:
-        """J v, C, Jᵀ."""
+        """J v, C, Jᵀ; see :class:`Linearization`."""
         nothing: list[Tensor | None] = [None] * len(wanted)
         if self._push is None or self._pull is None:
             return nothing
@@ -79,4 +103,5 @@ class LinearizedOutput:
         rows = [row for c in change if (row := self._product(c)) is not None]
         if not rows:
             return nothing
-        return _unbatched(self._pull.apply([torch.stack(rows)], wanted), batched)
+        curved = torch.stack(rows)
+        return _run(self._pull, [curved if batched else curved[0]], wanted, batched, places)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -83,14 +83,34 @@ def accumulate(
         many = step > 1 and len(rows) - start > 1
         block = rows[start : start + step] if many else rows[start]
         out = total[start : start + step] if many else total[start]
+        if fresh:
+            _write(out, linear, block, parts, scale)
+            continue
         pieces = images(linear, block, parts)
         # straight into their places, as a pass over [P] costs as much as the arithmetic of a small layer
-        if not fresh:
-            torch._foreach_add_(parts.places(out), pieces, alpha=scale)
-            continue
-        torch.cat(pieces, dim=-1, out=out)
-        if scale != 1.0:
-            out.mul_(scale)
+        torch._foreach_add_(parts.places(out), pieces, alpha=scale)
+
+
+def _write(out: Tensor, linear: Linearization, vectors: Tensor, parts: Parts, scale: float) -> None:
+    """out = scale · (linear applied to vectors [size] or [k, size])."""
+    batched = vectors.ndim == 2
+    places = parts.split(out)
+    wanted = [t for i in parts.wanted if (t := places[i]) is not None]
+    in_place = all(t.dtype == out.dtype for t in wanted)
+    with quiet_batching() if batched else nullcontext():
+        found = linear.apply(
+            parts.split(vectors), parts.wanted, batched=batched, places=wanted if in_place else None
+        )
+    if any(t is place for t, place in zip(found, wanted, strict=True)):
+        for t, place in zip(found, wanted, strict=True):
+            if t is None:
+                place.zero_()
+            elif t is not place:
+                place.copy_(t)
+    else:
+        torch.cat(parts.join(found, vectors.shape[:-1]), dim=-1, out=out)
+    if scale != 1.0:
+        out.mul_(scale)
 
 
 def images(linear: Linearization, vectors: Tensor, parts: Parts) -> list[Tensor]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from flatkern.operators.tangent_rules import Rule, rule_for
+from flatkern.operators.tangent_rules import Move, Rule, rule_for
 from flatkern.operators.gradient_tape import GradientTape
 from flatkern.tape import Value
 
@@ -22,6 +23,8 @@ class Step:
     rule: Rule
     owned: list[bool]
     last: list[int]
+    target: tuple[int, list[Move]] | None = None
+    """Which result it may write in its place, and the moves that come between."""
 
 
 class TangentProgram:
@@ -70,21 +73,45 @@ class TangentProgram:
         """All tensors that are kept."""
         return [t for rule in self._rules for t in rule.constants()]
 
-    def apply(self, tangents: Sequence[Tensor | None], wanted: Sequence[int]) -> list[Tensor | None]:
-        """Tangents of the wanted targets; ``None`` stands for zeros."""
+    def apply(
+        self,
+        tangents: Sequence[Tensor | None],
+        wanted: Sequence[int],
+        places: Sequence[Tensor] | None = None,
+    ) -> list[Tensor | None]:
+        """Tangents of the wanted targets; ``None`` stands for zeros.
+
+        ``places``: tensors [K, *shape] in which results may be left; such a result is the tensor itself.
+        """
         present = tuple(t is not None for t in tangents)
         key = present, tuple(wanted)
         if key not in self._plans:
             self._plans[key] = self._plan(present, wanted)
         slots: dict[int, Tensor | None] = dict(zip(self._sources, tangents, strict=True))
+        placed: dict[int, Tensor] = {}
         for step in self._plans[key]:
             rule = step.rule
-            results = rule.run([slots.get(i) for i in rule.inputs], step.owned)
+            inputs = [slots.get(i) for i in rule.inputs]
+            if places is not None and step.target is not None:
+                which, moves = step.target
+                place: Tensor | None = places[which]
+                for move in moves:
+                    place = None if place is None else move.back(place)
+                if place is not None:
+                    result = rule.run_into(inputs, place)
+                    if result is place:
+                        placed[which] = places[which]
+                    results: Sequence[Tensor | None] = [result]
+                else:
+                    results = rule.run(inputs, step.owned)
+            else:
+                results = rule.run(inputs, step.owned)
             for i in step.last:
                 slots[i] = None
             slots.update(zip(rule.outputs, results, strict=True))
         chosen = [self._targets[i] for i in wanted]
-        return [None if t is None else slots.get(t) for t in chosen]
+        found = [None if t is None else slots.get(t) for t in chosen]
+        return [placed.get(j, t) if t is not None else None for j, t in enumerate(found)]
 
     def _plan(self, present: tuple[bool, ...], wanted: Sequence[int]) -> list[Step]:
         """The steps that these tangents reach and the wanted results need, and how long each tangent lives."""
@@ -116,7 +143,25 @@ class TangentProgram:
             ]
             gone = [i for i in rule.inputs if last_use[i] == s and i not in targets]
             steps.append(Step(rule, owned, gone))
+        self._find_places(steps, [self._targets[i] for i in wanted])
         return steps
+
+    def _find_places(self, steps: list[Step], targets: Sequence[int | None]) -> None:
+        """Which steps may write a result where it is wanted: those that only moves lead on from."""
+        makers = {i: step for step in steps for i in step.rule.outputs}
+        uses = Counter(i for step in steps for i in step.rule.inputs)
+        for which, target in enumerate(targets):
+            moves: list[Move] = []
+            if target is None or targets.count(target) > 1 or uses[target]:
+                continue
+            while (step := makers.get(target)) is not None and isinstance(step.rule, Move):
+                moves.append(step.rule)
+                target = step.rule.inputs[0]
+                if uses[target] != 1:
+                    step = None
+                    break
+            if step is not None and step.rule.takes_place:
+                step.target = which, moves
 
 
 def _sharing(sources: Sequence[int], rules: Sequence[Rule], reached: set[int]) -> dict[int, int]:

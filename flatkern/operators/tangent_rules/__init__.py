@@ -2,5 +2,6 @@
 
 from . import convolution, dense, indexing, losses, normalization, other, pointwise, pooling, shapes, softmax, sums
 from .rule import Rule, ignored_places, rule_for
+from .shapes import Move
 
-__all__ = ["Rule", "ignored_places", "rule_for"]
+__all__ = ["Move", "Rule", "ignored_places", "rule_for"]

@@ -12,6 +12,10 @@ from flatkern.tape import Op
 from .rule import Rule, Tangent, register, value
 
 
+SMALL = 1 << 20
+"""Multiplications up to which the calls for K products cost more than the products."""
+
+
 @register("mm", "bmm", "addmm", "baddbmm", "mv", "dot")
 class Product(Rule):
     """A B, or C + A B with factors."""
@@ -32,8 +36,22 @@ class Product(Rule):
         if not self.has(self.right):
             self.a = None
 
+    @property
+    def takes_place(self) -> bool:
+        """See :class:`Rule`."""
+        return self.name == "mm"
+
     def run(self, tangents: Sequence[Tangent], owned: Sequence[bool]) -> Sequence[Tangent]:
         """See :class:`Rule`."""
+        return [self._run(tangents, None)]
+
+    def run_into(self, tangents: Sequence[Tangent], place: Tensor) -> Tangent:
+        """See :class:`Rule`."""
+        inner = (self.a if self.a is not None else self.b).shape[0 if self.a is None else 1]  # type: ignore[union-attr]
+        small = len(place) > 1 and inner * self.shape.numel() < SMALL
+        return self._run(tangents, None if small else place)
+
+    def _run(self, tangents: Sequence[Tangent], place: Tangent) -> Tangent:
         da, db = self.at(tangents, self.left), self.at(tangents, self.right)
         if db is not None and self.name in ("mv", "dot"):
             db = db.unsqueeze(-1)
@@ -42,32 +60,46 @@ class Product(Rule):
         if self.many:
             total = self._batches(da, db)
         else:
-            total = self._matrices(da, db)
+            total = self._matrices(da, db, place)
         if total is not None:
-            total = total.view(total.shape[0], *self.shape)
+            if self.name in ("mv", "dot"):
+                total = total.view(total.shape[0], *self.shape)
             if self.alpha != 1.0:
                 total = total.mul_(self.alpha)
         dc = self.at(tangents, 0) if self.added else None
         if dc is None:
-            return [total]
+            return total
         dc = dc.reshape(dc.shape[0], *[1] * (len(self.shape) + 1 - dc.ndim), *dc.shape[1:])
         if total is None:
-            return [(dc * self.beta).expand(-1, *self.shape).contiguous()]
-        return [total.add_(dc, alpha=self.beta)]
+            return (dc * self.beta).expand(-1, *self.shape).contiguous()
+        return total.add_(dc, alpha=self.beta)
 
-    def _matrices(self, da: Tangent, db: Tangent) -> Tangent:
-        total = None
-        if da is not None:
-            assert self.b is not None
-            k, rows, inner = da.shape
-            if da.is_contiguous():
-                total = torch.mm(da.view(k * rows, inner), self.b).view(k, rows, -1)
-            else:
-                total = torch.bmm(da, self.b.expand(k, *self.b.shape))
-        if db is not None:
+    def _matrices(self, da: Tangent, db: Tangent, out: Tangent) -> Tangent:
+        if da is None and db is None:
+            return None
+        if da is None:
+            assert db is not None
             assert self.a is not None
-            wide = self.a.expand(db.shape[0], *self.a.shape)
-            total = torch.bmm(wide, db) if total is None else total.baddbmm_(wide, db)
+            return _times(self.a, db, out)
+        k, rows, inner = da.shape
+        assert self.b is not None
+        if out is not None:
+            for part, one in zip(out, da, strict=True):
+                torch.mm(one, self.b, out=part)
+            total = out
+        elif k == 1:
+            total = torch.mm(da[0], self.b).unsqueeze(0)
+        elif da.is_contiguous():
+            total = torch.mm(da.view(k * rows, inner), self.b).view(k, rows, -1)
+        else:
+            total = torch.bmm(da, self.b.expand(k, *self.b.shape))
+        if db is None:
+            return total
+        assert self.a is not None
+        if k > 1 and db[0].numel() * rows < SMALL:
+            return total.baddbmm_(self.a.expand(k, *self.a.shape), db)
+        for part, one in zip(total, db, strict=True):
+            part.addmm_(self.a, one)
         return total
 
     def _batches(self, da: Tangent, db: Tangent) -> Tangent:
@@ -84,3 +116,14 @@ class Product(Rule):
             other = db.flatten(0, 1)
             total = torch.bmm(shared, other) if total is None else total.baddbmm_(shared, other)
         return None if total is None else total.view(k, -1, *total.shape[1:])
+
+
+def _times(a: Tensor, db: Tensor, out: Tangent) -> Tensor:
+    """A Ḃ for each Ḃ."""
+    if out is not None:
+        for part, one in zip(out, db, strict=True):
+            torch.mm(a, one, out=part)
+        return out
+    if len(db) == 1:
+        return torch.mm(a, db[0]).unsqueeze(0)
+    return torch.bmm(a.expand(len(db), *a.shape), db)

@@ -60,6 +60,13 @@ class Rule(ABC):
         """Whether an output may share memory with an input, given which inputs have tangents."""
         return False
 
+    takes_place = False
+    """Whether :meth:`run_into` can write the one output where it is wanted."""
+
+    def run_into(self, tangents: Sequence[Tangent], place: Tensor) -> Tangent:
+        """:meth:`run` into ``place`` [K, *shape]; ``None`` where the tangent is zero and nothing was written."""
+        raise NotImplementedError
+
     def constants(self) -> list[Tensor]:
         """All tensors that the rule keeps."""
         found: list[Tensor] = []

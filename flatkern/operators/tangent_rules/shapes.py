@@ -39,6 +39,10 @@ class Move(Rule):
         """The operation on [K, *shape]."""
         raise NotImplementedError
 
+    def back(self, place: Tensor) -> Tensor | None:
+        """Where the input would have to lie for its image to lie in ``place``; ``None``: nowhere."""
+        return None
+
     def axis(self, dim: int, extra: int = 0) -> int:
         """Of the tangents, for an axis of the value."""
         return dim % (self.ndim + extra) + 1 if self.ndim + extra else 1
@@ -56,6 +60,10 @@ class Reshaped(Move):
 @register("alias", "detach", "clone", "contiguous", "lift_fresh", "positive")
 class Same(Move):
     """Entries stay where they are."""
+
+    def back(self, place: Tensor) -> Tensor | None:
+        """See :class:`Move`."""
+        return place
 
     def move(self, t: Tensor) -> Tensor:
         """See :class:`Move`."""
@@ -116,6 +124,11 @@ class Permuted(Move):
     def move(self, t: Tensor) -> Tensor:
         """See :class:`Move`."""
         return t.permute(self.order)
+
+
+    def back(self, place: Tensor) -> Tensor | None:
+        """See :class:`Move`."""
+        return place.permute([self.order.index(axis) for axis in range(len(self.order))])
 
 
 @register("expand")
