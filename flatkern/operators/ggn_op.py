@@ -37,7 +37,8 @@ class GGNOperator(CurvatureOperator):
     def method(self) -> str:
         """Where the loss's Hessian comes from."""
         known = "closed-form" if self._loss.product is not None else "autograd"
-        return f"double backward through the output, {known} loss Hessian"
+        way = "tangents of" if self._linearized else "double backward through"
+        return f"{way} the output, {known} loss Hessian"
 
     @property
     def semidefinite(self) -> bool:  # type: ignore[override]

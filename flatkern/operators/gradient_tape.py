@@ -101,7 +101,9 @@ class GradientTape(Recorder):
         if known.index not in self._unpacked or not tensor.requires_grad:
             return known
         # unpacking detaches what was saved, and puts it back into its place in the graph afterwards
-        saved = [v for v in self._by_place.get(_place(tensor), ()) if v.differentiable and v.index < known.index]
+        saved = [
+            v for v in self._by_place.get(_place(tensor), ()) if v.differentiable and v.index < known.index
+        ]
         if not saved:
             raise UnsupportedError("the backward pass reads memory of the forward pass in another shape")
         return saved[-1]
@@ -140,9 +142,7 @@ class GradientTape(Recorder):
         """Whether it lies in memory of a followed value, and is not known to be unfollowed itself."""
         if self._by_place.get(_place(tensor)):
             return tensor.requires_grad
-        return any(
-            v.differentiable for v in self._by_storage.get(tensor.untyped_storage().data_ptr(), ())
-        )
+        return any(v.differentiable for v in self._by_storage.get(tensor.untyped_storage().data_ptr(), ()))
 
     def _about_to_write(self, tensor: Tensor) -> None:
         for value in self._by_storage.get(tensor.untyped_storage().data_ptr(), ()):

@@ -43,8 +43,8 @@ class OperatorInfo:
 
     method: str
     mode: str
-    """What happens to batches that are not kept: ``"kept"`` (there are none), ``"rebuilt"``, ``"forward"`` or, before
-    the first product has decided, ``"auto"``."""
+    """What happens to batches that are not kept: ``"rebuilt"``, ``"forward"`` or, before the first product has
+    decided, ``"auto"``. Where all are kept: ``"kept"`` for graphs, ``"linearized"`` for tangent programs."""
     block_size: int | None
     """Vectors in one pass; ``None``: not decided yet (the first product with several vectors does)."""
     batches: int

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flatkern.operators.tangent_rules import Move, Rule, rule_for
 from flatkern.operators.gradient_tape import GradientTape
+from flatkern.operators.tangent_rules import Move, Rule, rule_for
 from flatkern.tape import Value
 
 __all__ = ["TangentProgram"]
@@ -33,9 +33,7 @@ class TangentProgram:
     Only operations between the two are in it, each with its rule.
     """
 
-    def __init__(
-        self, tape: GradientTape, sources: Sequence[Value], targets: Sequence[Value | None]
-    ) -> None:
+    def __init__(self, tape: GradientTape, sources: Sequence[Value], targets: Sequence[Value | None]) -> None:
         active = tape.active(sources)
         self._sources = [v.index for v in sources]
         self._targets = [None if v is None or v.index not in active else v.index for v in targets]

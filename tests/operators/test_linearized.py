@@ -147,7 +147,9 @@ class Applied(nn.Module):
 
     def forward(self, x):
         image = self.function(torch.tanh(self.weight))
-        return x[:, :1] * image.reshape(-1).sin().sum() + (x[:, 1:2] * image.reshape(-1)).square().mean(1, True)
+        return x[:, :1] * image.reshape(-1).sin().sum() + (x[:, 1:2] * image.reshape(-1)).square().mean(
+            1, True
+        )
 
 
 INDEX = torch.tensor([[0, 2], [1, 1]])
@@ -185,7 +187,9 @@ OPERATIONS = {
     "softmax": lambda w: w.softmax(1) * w.log_softmax(0),
     "group norm": lambda w: F.group_norm(w, 2, w[0, :, 0], w[1, :, 1]),
     "layer norm": lambda w: F.layer_norm(w, (4, 6), w[0], w[1]),
-    "layer norm of a constant": lambda w: F.layer_norm(torch.ones(2, 6, dtype=w.dtype).cumsum(1), (6,), w[0, 0]),
+    "layer norm of a constant": lambda w: F.layer_norm(
+        torch.ones(2, 6, dtype=w.dtype).cumsum(1), (6,), w[0, 0]
+    ),
     "average pool": lambda w: F.avg_pool2d(w.square(), 2, 1, 1),
     "adaptive pool": lambda w: F.adaptive_avg_pool2d(w.square(), (2, 3)),
     "max pool": lambda w: F.max_pool2d(w.square()[None], 3, 2, 1),
@@ -311,9 +315,7 @@ def test_graphs_stay_where_they_are_faster(monkeypatch):
 def test_a_program_that_disagrees_is_not_taken(monkeypatch):
     model, x = make("mlp tanh")
     clock(monkeypatch, program_wins=True)
-    monkeypatch.setitem(
-        pointwise._TWICE, "tanh_backward", lambda g, y: g * (1 - 0.9 * y.square())
-    )
+    monkeypatch.setitem(pointwise._TWICE, "tanh_backward", lambda g, y: g * (1 - 0.9 * y.square()))
     op = hessian(model, CE, (x, classes(11)))
     expected = hessian(model, CE, (x, classes(11)), mode="kept").to_dense()
     v = torch.randn(op.shape[0], 5, dtype=op.dtype)

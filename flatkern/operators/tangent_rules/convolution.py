@@ -67,7 +67,9 @@ class ConvolutionBackward(Rule):
         self.g, self.x, self.w = (value(op, place) for place in range(3))
         self.settings = op.args[4:10]
         asked = op.args[10]
-        self.needed = [a and (v is not None and v.index in active) for a, v in zip(asked, op.outputs, strict=True)]
+        self.needed = [
+            a and (v is not None and v.index in active) for a, v in zip(asked, op.outputs, strict=True)
+        ]
         self.image_source = _images(op)
 
     def channels_last(self, convert: Callable[[Tensor], Tensor]) -> None:
@@ -94,7 +96,9 @@ class ConvolutionBackward(Rule):
         if any(mask):
             x, w = (self.x if dx is None else dx), (self.w if dw is None else dw)
             more = aten.convolution_backward(self.g, x, w, None, *self.settings, mask)
-            found = [b if a is None else a if b is None else a.add_(b) for a, b in zip(found, more, strict=True)]
+            found = [
+                b if a is None else a if b is None else a.add_(b) for a, b in zip(found, more, strict=True)
+            ]
         return found
 
 
@@ -108,7 +112,6 @@ def _joined(parts: list[Tensor]) -> Tangent:
 def _images(op: Op) -> bool:
     """Whether oneDNN convolves images here, which it does faster with the channels last in memory."""
     x: Tensor = value(op, 0)
-    return (
-        x.ndim == 4 and x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.enabled
-        and torch.backends.mkldnn.is_available()
-    )  # fmt: skip
+    if x.ndim != 4 or x.device.type != "cpu" or x.dtype != torch.float32:
+        return False
+    return bool(torch.backends.mkldnn.enabled) and torch.backends.mkldnn.is_available()

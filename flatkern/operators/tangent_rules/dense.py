@@ -11,7 +11,6 @@ from flatkern.tape import Op
 
 from .rule import Rule, Tangent, register, value
 
-
 SMALL = 1 << 20
 """Multiplications up to which the calls for K products cost more than the products."""
 
@@ -25,6 +24,7 @@ class Product(Rule):
         self.added = op.name in ("addmm", "baddbmm")
         self.left, self.right = (1, 2) if self.added else (0, 1)
         self.a, self.b = value(op, self.left), value(op, self.right)
+        self.takes_place = op.name == "mm"
         self.many = op.name in ("bmm", "baddbmm")
         if op.name in ("mv", "dot"):
             self.b = self.b.unsqueeze(1)
@@ -35,11 +35,6 @@ class Product(Rule):
             self.b = None
         if not self.has(self.right):
             self.a = None
-
-    @property
-    def takes_place(self) -> bool:
-        """See :class:`Rule`."""
-        return self.name == "mm"
 
     def run(self, tangents: Sequence[Tangent], owned: Sequence[bool]) -> Sequence[Tangent]:
         """See :class:`Rule`."""
@@ -57,10 +52,7 @@ class Product(Rule):
             db = db.unsqueeze(-1)
         if da is not None and self.name == "dot":
             da = da.unsqueeze(1)
-        if self.many:
-            total = self._batches(da, db)
-        else:
-            total = self._matrices(da, db, place)
+        total = self._batches(da, db) if self.many else self._matrices(da, db, place)
         if total is not None:
             if self.name in ("mv", "dot"):
                 total = total.view(total.shape[0], *self.shape)

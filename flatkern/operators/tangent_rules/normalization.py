@@ -11,6 +11,7 @@ with a = mean(h x̂), q = mean(x̂ ẋ), e = mean(g_x ẋ), since σ̇ = q and P
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 

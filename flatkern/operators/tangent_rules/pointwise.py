@@ -15,12 +15,12 @@ Factor = Tensor | float
 
 _FUNCTIONS = """
     abs acos acosh addcdiv addcmul asin asinh atan atan2 atanh celu clamp clamp_max clamp_min cos cosh deg2rad elu
-    elu_backward erf erfc exp exp2 expm1 frac gelu gelu_backward hardshrink hardshrink_backward hardsigmoid hardsigmoid_backward hardswish
-    hardswish_backward hardtanh hardtanh_backward leaky_relu leaky_relu_backward lerp log log10 log1p log2
-    log_sigmoid_forward log_sigmoid_backward logaddexp logit maximum minimum mish mish_backward mse_loss_backward
-    huber_loss_backward smooth_l1_loss_backward pow reciprocal relu relu6 rsqrt selu sigmoid sigmoid_backward silu
-    silu_backward sin sinc sinh softplus softplus_backward softshrink softshrink_backward sqrt square tan tanh
-    tanh_backward threshold threshold_backward xlogy _prelu_kernel glu_jvp
+    elu_backward erf erfc exp exp2 expm1 frac gelu gelu_backward hardshrink hardshrink_backward hardsigmoid
+    hardsigmoid_backward hardswish hardswish_backward hardtanh hardtanh_backward huber_loss_backward leaky_relu
+    leaky_relu_backward lerp log log10 log1p log2 log_sigmoid_backward log_sigmoid_forward logaddexp logit maximum
+    minimum mish mish_backward mse_loss_backward pow reciprocal relu relu6 rsqrt selu sigmoid sigmoid_backward silu
+    silu_backward sin sinc sinh smooth_l1_loss_backward softplus softplus_backward softshrink softshrink_backward sqrt
+    square tan tanh tanh_backward threshold threshold_backward xlogy _prelu_kernel
 """.split()  # noqa: SIM905
 
 
@@ -57,7 +57,9 @@ class Combination(Rule):
 
     def channels_last(self, convert: Callable[[Tensor], Tensor]) -> None:
         """See :class:`Rule`."""
-        self.factors = [convert(f) if isinstance(f, Tensor) and f.shape == self.shape else f for f in self.factors]
+        self.factors = [
+            convert(f) if isinstance(f, Tensor) and f.shape == self.shape else f for f in self.factors
+        ]
 
     def aliases(self, present: Sequence[bool]) -> bool:
         """See :class:`Rule`."""
@@ -198,5 +200,8 @@ class LeakyBackward(Rule):
         zero = like.new_zeros(like.shape[0], *self.x.shape)
         dg, dx = (zero if t is None else t for t in (dg, dx))
         slope = dg * self.w if dw is None else dg * self.w + lift(dw, self.x.ndim) * self.g
-        results = (torch.where(self.below, slope, dg), torch.where(self.below, dx * self.g + self.x * dg, 0.0))
+        results = (
+            torch.where(self.below, slope, dg),
+            torch.where(self.below, dx * self.g + self.x * dg, 0.0),
+        )
         return [r for r, here in zip(results, self.found, strict=True) if here]

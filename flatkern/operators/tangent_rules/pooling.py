@@ -74,7 +74,9 @@ class Places:
         return t.permute(0, 1, 4, 2, 3) if self.last else t
 
 
-@register("max_pool2d_with_indices_backward", "max_pool3d_with_indices_backward", "adaptive_max_pool2d_backward")
+@register(
+    "max_pool2d_with_indices_backward", "max_pool3d_with_indices_backward", "adaptive_max_pool2d_backward"
+)
 class MaxPoolBackward(Rule):
     """Cotangents at the places of the maxima; linear in them."""
 
@@ -120,7 +122,12 @@ class Averaged(Rule):
         return [None if t is None else torch.stack([self.func(row, *self.rest, **self.kwargs) for row in t])]
 
 
-@register("avg_pool2d_backward", "avg_pool3d_backward", "_adaptive_avg_pool2d_backward", "_adaptive_avg_pool3d_backward")
+@register(
+    "avg_pool2d_backward",
+    "avg_pool3d_backward",
+    "_adaptive_avg_pool2d_backward",
+    "_adaptive_avg_pool3d_backward",
+)
 class AveragedBackward(Rule):
     """Linear in the cotangent; the input's shape alone matters."""
 

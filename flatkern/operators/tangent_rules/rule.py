@@ -51,6 +51,7 @@ class Rule(ABC):
 
     def channels_last(self, convert: Callable[[Tensor], Tensor]) -> None:
         """Put constants that are images into that order; only asked of image sources and paths."""
+        raise NotImplementedError
 
     @abstractmethod
     def run(self, tangents: Sequence[Tangent], owned: Sequence[bool]) -> Sequence[Tangent]:

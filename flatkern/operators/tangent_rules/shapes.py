@@ -125,7 +125,6 @@ class Permuted(Move):
         """See :class:`Move`."""
         return t.permute(self.order)
 
-
     def back(self, place: Tensor) -> Tensor | None:
         """See :class:`Move`."""
         return place.permute([self.order.index(axis) for axis in range(len(self.order))])
@@ -151,7 +150,7 @@ class Part(Move):
         self.func = op.func
         args = list(self.args)
         if op.name == "diagonal":
-            offset, first, second = (*args, *(0, 0, 1)[len(args) :])
+            offset, first, second = args + [0, 0, 1][len(args) :]
             self.moved = [offset, self.axis(first), self.axis(second)]
         else:
             self.moved = [self.axis(args[0] if args else 0), *args[1:]]
@@ -246,7 +245,7 @@ class Rearranged(Move):
                 raise UnsupportedError("no tangent rule for roll over all axes")
             args[1] = [self.axis(d) for d in args[1]]
         elif op.name == "repeat":
-            args[0] = [1] + list(args[0])
+            args[0] = [1, *args[0]]
         elif op.name == "constant_pad_nd":
             args = [args[0], 0.0]
         self.moved = args
