@@ -228,6 +228,37 @@ def test_operations(name):
     )
 
 
+class Images(nn.Module):
+    """Everything that images meet between their first and last convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1, groups=2)
+        self.norm, self.leak = nn.BatchNorm2d(4), nn.PReLU(4)
+        self.up, self.last = nn.ConvTranspose2d(4, 3, 2, stride=2), nn.Conv2d(3, 3, 1)
+        self.norm.running_mean.normal_()
+        self.norm.running_var.uniform_(0.5, 2)
+
+    def forward(self, x):
+        x = F.gelu(self.first(x))
+        x = x * torch.sigmoid(x.mean((2, 3), keepdim=True)) + self.leak(self.norm(self.second(x)))
+        x = F.max_pool2d(torch.cat([x, x.tanh()], 1), 2).unflatten(1, (2, 4)).sum(1)
+        x = F.avg_pool2d(self.last(self.up(x)), 2) + F.max_pool2d(x, 3, 1, 1)[:, :3]
+        return x.permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, 3)).mean(1)
+
+
+@pytest.mark.parametrize("build", [hessian, ggn])
+def test_images_with_their_channels_last_in_memory(build):
+    torch.manual_seed(0)
+    model, x, y = Images().eval(), torch.randn(3, 2, 8, 6), classes(3)
+    v = torch.randn(sum(p.numel() for p in model.parameters()), 3)
+    op = build(model, CE, (x, y), mode="linearized")
+    image, single = op @ v, op @ v[:, 0]
+    exact = build(model.double(), CE, (x.double(), y), mode="kept") @ v.double()
+    assert_close(image.double(), exact, 1e-4)
+    assert_close(single.double(), exact[:, 0], 1e-4)
+
+
 def test_a_gradient_cut_by_no_grad_is_a_constant():
     def cut(w):
         with torch.no_grad():
