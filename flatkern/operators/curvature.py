@@ -442,7 +442,11 @@ class CurvatureOperator(LinearOperator):
             "block_size": self._block.chosen,
             "kept_batches": kept,
             "linearized": self._linearized,
+            "open": self._trial is not None,
         }
+
+    def _freeze_engine(self) -> None:
+        self._trial = None
 
     def _use_engine(self, state: Mapping[str, Any]) -> None:
         kept = self._engine()["kept_batches"]
@@ -454,7 +458,7 @@ class CurvatureOperator(LinearOperator):
         if state.get("linearized", False) != self._linearized:
             self._linearized, self._block = not self._linearized, BlockSize(self._asked_size)
             self.refresh()
-        self._mode, self._trial = state["mode"], None
+        self._mode, self._trial = state["mode"], ProgramTrial() if state.get("open", False) else None
         if state["block_size"] is not None:
             self._block.fix(state["block_size"])
 

@@ -409,6 +409,20 @@ def test_an_engine_is_taken_over(first):
     assert other.info.mode == first
 
 
+def test_a_frozen_engine_stays_as_it_is_until_it_is_given_back(monkeypatch):
+    model, x = make("mlp tanh")
+    clock(monkeypatch, program_wins=True)
+    op = hessian(model, CE, (x, classes(11)))
+    v = torch.randn(op.shape[0], 5, dtype=op.dtype)
+    whole, before = 2 * op, (2 * op)._engine()
+    whole._freeze_engine()
+    whole @ v
+    assert op.info.mode == "kept"
+    whole._use_engine(before)
+    whole @ v
+    assert op.info.mode == "linearized"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_low_precision(dtype):
     model, x = make("mlp tanh", 32)
