@@ -374,7 +374,7 @@ class CurvatureOperator(LinearOperator):
                     return
                 try:
                     linear, _, _ = self._build(batch, index, first=False, linearized=True)
-                except UnsupportedError:
+                except Exception:  # whatever goes wrong on this way, there is another
                     return
                 yield linear
 

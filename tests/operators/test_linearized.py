@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from flatkern.operators import choosing, fisher, ggn, hessian
-from flatkern.operators.tangent_rules import pointwise
+from flatkern.operators.tangent_rules import pointwise, rule
 
 CE = nn.CrossEntropyLoss()
 # what has an operation without a rule: the graphs are kept
@@ -351,6 +351,27 @@ def test_a_program_that_disagrees_is_not_taken(monkeypatch):
     expected = hessian(model, CE, (x, classes(11)), mode="kept").to_dense()
     v = torch.randn(op.shape[0], 5, dtype=op.dtype)
     assert_close(op @ v, expected @ v)
+    assert op.info.mode == "kept"
+
+
+class Failing(pointwise.Pointwise):
+    def __init__(self, op, active):
+        if type(self).early:
+            raise TypeError("early")
+        super().__init__(op, active)
+
+    def run(self, tangents, owned):
+        raise IndexError("late")
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_rule_that_fails_leaves_the_graphs(early, monkeypatch):
+    monkeypatch.setattr(Failing, "early", early, raising=False)
+    monkeypatch.setitem(rule._RULES, "tanh", Failing)
+    model, x = make("mlp tanh")
+    op = hessian(model, CE, (x, classes(11)))
+    v = torch.randn(op.shape[0], 5, dtype=op.dtype)
+    assert_close(op @ v, explicit_hessian(model, CE, x, classes(11)) @ v)
     assert op.info.mode == "kept"
 
 
