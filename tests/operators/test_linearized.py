@@ -35,8 +35,16 @@ def ragged(x, y, size=4):
     return [(x[i : i + size], y[i : i + size]) for i in range(0, len(x), size)]
 
 
-@pytest.mark.parametrize("kind", BUILD)
-@pytest.mark.parametrize("name", [n for n in ZOO if n not in WITHOUT])
+LONG = {"gru two layers both ways", "transformer", "lstm"}
+NETWORKS = [
+    pytest.param(name, kind, marks=pytest.mark.slow if name in LONG else ())
+    for name in ZOO
+    if name not in WITHOUT
+    for kind in BUILD
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), NETWORKS)
 def test_every_network(name, kind):
     build, explicit = BUILD[kind]
     model, x = make(name)
@@ -122,7 +130,7 @@ def test_fisher_is_that_of_kept_graphs(kind):
 
 
 @pytest.mark.parametrize("build", [hessian, ggn])
-@pytest.mark.parametrize("name", ["attention", "batch norm eval", "group norm", "conv", "tied"])
+@pytest.mark.parametrize("name", ["layer norm", "batch norm eval", "group norm", "conv", "tied"])
 def test_subsets_and_blocks(name, build):
     model, x = make(name)
     y = classes(11)
