@@ -57,6 +57,27 @@ def measurement(result: dict[str, Any]) -> str:
     )
 
 
+def monitor(result: dict[str, Any]) -> str:
+    """What watching a training run costs."""
+    rows = [
+        [
+            r["model"],
+            f"{r['step_ms']:.2f}",
+            f"{r['measurement_ms']:.1f}",
+            f"{r['call_us']:.0f}",
+            f"**{100 * r['overhead']:.1f} %**",
+        ]
+        for r in result["rows"]
+    ]
+    header = ["model", "step of training ms", "measurement ms", "other calls µs", "of the training time"]
+    return (
+        "## Monitor\n\n"
+        "`fk.Monitor` with one measurement every 200 steps on 20 samples, the losses of all steps handed over, beside\n"
+        "the training it watches. *other calls*: `m.step(loss)` where nothing is due.\n\n"
+        f"`python -m benchmarks.bench_monitor`\n\n{_table(header, rows)}\n{_settings(result)}"
+    )
+
+
 def kernels(result: dict[str, Any]) -> str:
     """The compiled kernels against torch."""
     columns = [k for k in result["rows"][0] if k != "ratio"]
@@ -76,6 +97,34 @@ CASES = {
     "loader": "One vector, a loader of eight batches of n",
     "eight vectors": "Eight vectors at once, [P, 8], one batch of n (times and gradients a vector)",
 }
+
+
+def probes(result: dict[str, Any]) -> str:
+    """Random probes and the step of Lanczos against torch."""
+    rows = [
+        [
+            r["operation"],
+            r["dtype"],
+            f"{r['flatkern_ms']:.2f}",
+            f"{r['torch_ms']:.2f}",
+            f"**{r['ratio']:.1f}**",
+            f"{r['over_bound']:.1f} × {r['bound']}",
+        ]
+        for r in result["rows"]
+    ]
+    header = [
+        "operation",
+        "dtype",
+        "flatkern, ms",
+        "torch, ms",
+        "torch / flatkern",
+        "flatkern against the bound",
+    ]
+    return (
+        "## Probes and the Lanczos step\n\nEight vectors of the size of the MLP 784-512-512-10, one thread. The "
+        "bound is what moving the same bytes takes.\n\n"
+        f"`python -m benchmarks.bench_probes`\n\n{_table(header, rows)}\n{_settings(result)}"
+    )
 
 
 def operators(result: dict[str, Any]) -> str:
@@ -315,10 +364,12 @@ SECTIONS = {
     "slq": slq,
     "trace": trace,
     "measurement": measurement,
+    "monitor": monitor,
     "ggn_trace": ggn_trace,
     "hessian_trace": hessian_trace,
     "ggn_spectrum": ggn_spectrum,
     "kernels": kernels,
+    "probes": probes,
     "attention": attention,
 }
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flatkern.problem import preserve_state
 from flatkern.tape import Tape, UnsupportedError, Value, record
 
-__all__ = ["SampleAxis", "footprint", "sample_axes"]
+__all__ = ["FEW", "SampleAxis", "footprint", "sample_axes"]
 
 FEW = 3
 """Samples of the small run."""

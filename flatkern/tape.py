@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -56,10 +57,10 @@ class Op:
         name: str = self.func.overloadpacket.__name__
         return name[:-1] if self.in_place else name
 
-    @property
-    def inputs(self) -> list[Value]:
+    @cached_property
+    def inputs(self) -> tuple[Value, ...]:
         """All values among the arguments."""
-        return list(_values((self.args, self.kwargs)))
+        return tuple(_values((self.args, self.kwargs)))
 
     @property
     def output(self) -> Value:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from flatkern.estimators import trace
-from flatkern.estimators.common import check_count
 from flatkern.flatness import ggn_trace
 from flatkern.losses import Loss, Reduction
 from flatkern.operators import hessian
@@ -23,67 +22,23 @@ from flatkern.problem import (
 )
 from flatkern.residual import Chunk, Sites, Twice, linearize
 from flatkern.results import Estimate, HessianTrace
-from flatkern.sample_axis import footprint, sample_axes
-from flatkern.tape import UnsupportedError
+from flatkern.sample_axis import FEW, footprint, sample_axes
+from flatkern.tape import Tape, UnsupportedError
+from flatkern.trace_goal import Goal, Sampled, Spread
 
-__all__ = ["Goal", "Split"]
+__all__ = ["Split"]
 
 PILOT_SAMPLES = 64
 """The pilot runs on this many samples of the first batch, spread over it."""
 PILOT_PROBES = 4
 PILOT_FREEDOM = 192
 """Degrees of freedom of the pilot's spread, at least: few samples take more probes."""
-RESERVE = 1.5
-"""Planned probes over those the pilot's spread asks for, which is itself known to some 10 % only."""
 SECOND_PILOT = 16
 """Where more probes than this are planned, a pilot on all samples plans again."""
 PROBES_A_PRODUCT = 6
 """What a Hessian-vector product costs in probes, about."""
 COPIES = 6
 """Memory of a chunk over that of its intermediate values: graph, cotangents, tangents and temporaries."""
-
-
-@dataclass(frozen=True)
-class Goal:
-    """What the user asked for."""
-
-    rtol: float | None
-    atol: float | None
-    samples: int | None
-    max_samples: int
-
-    def __post_init__(self) -> None:
-        check_count(self.max_samples, "max_samples", least=2)
-        if self.samples is not None:
-            check_count(self.samples, "samples", least=2)
-        elif self.rtol is None and self.atol is None:
-            object.__setattr__(self, "rtol", 0.01)
-
-    @property
-    def given(self) -> bool:
-        """Whether there is a tolerance to meet."""
-        return self.rtol is not None or self.atol is not None
-
-    def tolerance(self, value: float) -> float:
-        """The standard error aimed at, given the trace."""
-        return max((self.rtol or 0.0) * abs(value), self.atol or 0.0)
-
-
-@dataclass
-class _Sampled:
-    """Σ over chunks: per sample the mean of its values and their variance; a row a layer, or one for all."""
-
-    means: list[Tensor] = field(default_factory=list)
-    variances: list[Tensor] = field(default_factory=list)
-    totals: Tensor | None = None
-    weight: float = 0.0
-
-    def add(self, values: Tensor) -> None:
-        """``values`` [k, rows, n]."""
-        self.means.append(values.mean(0))
-        self.variances.append(values.var(0) if len(values) > 1 else torch.zeros_like(values[0]))
-        total = values.sum((1, 2))
-        self.totals = total if self.totals is None else self.totals + total
 
 
 @dataclass
@@ -103,6 +58,7 @@ class Split:
     verdicts: dict[str, str] = field(default_factory=dict)
     """Parameters not proven, with the reason."""
     refused: dict[str, str] = field(default_factory=dict)
+    _axes: dict[Any, tuple[Tape, dict[int, tuple[int, bool]]]] = field(default_factory=dict)
 
     def unsuitable(self) -> str:
         """Why this loss or model takes the plain estimator; empty where it does not."""
@@ -166,9 +122,10 @@ class Split:
         )
         assert ggn.num_data is not None
         assert ggn.per_sample is not None
-        planned, variance = self._plan(pilot, ggn)
+        planned = self._plan(pilot.scaled(ggn.num_data), ggn)
+        drawing = pilot.variance > 0
         if not probes and planned > SECOND_PILOT and ggn.num_data > PILOT_SAMPLES:
-            planned, variance = self._plan_on_all(method, ggn)
+            planned = self._plan(self._sample(method, PILOT_PROBES)[0].spread(), ggn)
         size = sum(p.numel() for p in self.parameters.values())
         if method == "auto" and not probes and not self.per_layer and PROBES_A_PRODUCT * size <= planned:
             return self.plain(f"{size} parameters, fewer than probes", started, outright=True)
@@ -195,7 +152,7 @@ class Split:
             notes.append(f"max_samples allowed {used} probes; {planned} were planned")
         elif not met:
             notes.append("the probes spread more than the pilot's did; run again with more samples")
-        drawn = stderr > 0 or bool(variance)
+        drawn = stderr > 0 or drawing
         by_layer = self._by_layer(ggn, mean, spread, layers) if self.per_layer else None
         return HessianTrace(
             value=value,
@@ -236,8 +193,8 @@ class Split:
             errors[layer] = float(s.sum()) ** 0.5
         return values, errors
 
-    def _pilot(self, method: str) -> tuple[float, float, float]:
-        """Sums of means and variances a sample, and the denominator's part of one sample, on a few samples."""
+    def _pilot(self, method: str) -> Spread:
+        """On a few samples, a sample."""
         for x, y in Batches(self.data, model_device(self.model)):
             step = max(1, len(x) // PILOT_SAMPLES)
             few = torch.arange(0, len(x), step, device=x.device)[:PILOT_SAMPLES]
@@ -257,33 +214,15 @@ class Split:
                         [evaluator.draw(self.generator) for _ in range(2 if evaluator.exact else wanted)]
                     )
                     total, spread = total + float(values.mean(0).sum()), spread + float(values.var(0).sum())
-            return total / len(x), spread / len(x), weight / len(x)
+            return Spread(total, spread, weight).scaled(1 / len(x))
         raise ValueError("data: no batch in it")
 
-    def _plan(self, pilot: tuple[float, float, float], ggn: Estimate) -> tuple[int, float]:
-        mean, spread, weight = pilot
-        n = ggn.num_data or 1
-        denominator = weight * n if self.loss.reduction == "mean" else 1.0
-        # (the parts of one sample, so that the pilot's samples stand for all)
-        if not denominator > 0 or spread == 0.0:
-            return 2, 0.0
-        variance = spread * n / denominator**2
-        tolerance = self.goal.tolerance(ggn.value + mean * n / denominator)
-        if self.refused:
-            tolerance /= 2**0.5
-        if tolerance == 0.0:
-            return self.goal.max_samples + 1, variance
-        return max(2, math.ceil(RESERVE * variance / tolerance**2)), variance
+    def _plan(self, spread: Spread, ggn: Estimate) -> int:
+        denominator = spread.weight if self.loss.reduction == "mean" else 1.0
+        return self.goal.probes(spread, ggn.value, denominator, share=0.5 if self.refused else 1.0)
 
-    def _plan_on_all(self, method: str, ggn: Estimate) -> tuple[int, float]:
-        sampled, _, _ = self._sample(method, PILOT_PROBES)
-        n = ggn.num_data or 1
-        parts = (sum(float(t.sum()) for t in tensors) / n for tensors in (sampled.means, sampled.variances))
-        mean, spread = parts
-        return self._plan((mean, spread, sampled.weight / n), ggn)
-
-    def _sample(self, method: str, probes: int) -> tuple[_Sampled, str, tuple[str, ...]]:
-        sampled, how = _Sampled(), "exact"
+    def _sample(self, method: str, probes: int) -> tuple[Sampled, str, tuple[str, ...]]:
+        sampled, how = Sampled(), "exact"
         layers: tuple[str, ...] | None = None
         for x, y in Batches(self.data, model_device(self.model)):
             check_input(x, differentiable=False)
@@ -316,7 +255,7 @@ class Split:
         return sampled, how, layers or ()
 
     def _chunks(self, x: Tensor, y: Tensor) -> Iterator[tuple[Chunk, Tensor, Tensor]]:
-        small, places = sample_axes(self.model, x, self.parameters)
+        small, places = self._axes_of(x)
         size = COPIES * footprint(small) // max(1, len(small.final.tensor))
         step = max(1, self.max_memory // max(size, 1))
         for start in range(0, len(x), step):
@@ -326,6 +265,13 @@ class Split:
                 if not degree.proven:
                     self.verdicts.setdefault(name, degree.reason)
             yield chunk, part, target
+
+    def _axes_of(self, x: Tensor) -> tuple[Tape, dict[int, tuple[int, bool]]]:
+        # batches of one kind share the small run (of each chunk it is checked that the operations are the same)
+        kind = x.shape[1:], x.dtype, min(len(x), FEW)
+        if kind not in self._axes:
+            self._axes[kind] = sample_axes(self.model, x, self.parameters)
+        return self._axes[kind]
 
     def _evaluator(
         self, chunk: Chunk, x: Tensor, y: Tensor, method: str

@@ -19,7 +19,8 @@ from flatkern.problem import (
 )
 from flatkern.results import HessianTrace
 from flatkern.tape import UnsupportedError
-from flatkern.trace_split import Goal, Split
+from flatkern.trace_goal import Goal
+from flatkern.trace_split import Split
 
 __all__ = ["hessian_trace"]
 
@@ -51,8 +52,9 @@ def hessian_trace(
     affine, the others fixed: read off the autograd graph of the run, operation by operation. ReLU networks need
     nothing more. For the other parameters it is sampled in activation space: every sample draws its own random
     change of every layer's output, whose covariance stands for changes of all weights at once, and
-    uᵀ∇²(r·f)u is taken by a tangent forward pass. What an elementwise nonlinearity does to its own layer's
-    weights is put in exactly.
+    uᵀ∇²(r·f)u is taken by a tangent forward pass. What an elementwise nonlinearity does to the weights
+    of its own layer and, in dense networks, of the layer before is put in exactly: with two hidden layers nothing is
+    left to sample.
 
     Args:
         model: any module whose samples do not interact, in eval mode; left exactly as found.

@@ -5,12 +5,14 @@
 
 namespace flatkern::cpu::FLATKERN_ISA {
 
+extern const ProbeKernels probe_table;
 extern const Kernels table;
 const Kernels table = {
     FLATKERN_ISA_NAME,
     FLATKERN_VECTOR_BYTES,
     {spd_logdet<float>, spd_inverse<float>, gram<float>, gram_stats<float>},
     {spd_logdet<double>, spd_inverse<double>, gram<double>, gram_stats<double>},
+    &probe_table,
 };
 
 }  // namespace flatkern::cpu::FLATKERN_ISA

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from flatkern.changes import Convolved, Dense, Direct, Entry, Looked, Scaled
+from flatkern.residual.change import Entry
+from flatkern.residual.other_changes import Direct, Looked, Scaled
+from flatkern.residual.weight_changes import Convolved, Dense
 from flatkern.sample_axis import SampleAxis
 from flatkern.tape import Op, Tape, UnsupportedError, Value
 
