@@ -14,8 +14,8 @@ __all__ = ["ProgramTrial", "program_block"]
 SINGLES = 8
 """So many single products are done before programs are tried for single vectors: a trial costs about as much."""
 GAIN = 0.95
-SHORT = 0.05
-"""Seconds below which a measurement is repeated."""
+SHORT = 0.1
+"""Seconds a vector below which a measurement is repeated; in all, below which it is repeated more often."""
 
 
 def program_block(asked: int | None, limit: int) -> BlockSize:
@@ -71,7 +71,8 @@ class ProgramTrial:
                 images(linear, rows[start : start + step] if step > 1 else rows[start], parts)
 
         turns = [(seconds(partial(run, 0)), seconds(partial(run, 1)))]
-        while len(turns) < 3 and max(turns[0]) < SHORT * len(rows):
+        most = 7 if max(turns[0]) < SHORT else 3 if max(turns[0]) < SHORT * len(rows) else 1
+        while len(turns) < most:
             turns.append((seconds(partial(run, 0)), seconds(partial(run, 1))))
         with_graph, with_program = (min(times) for times in zip(*turns, strict=True))
         return with_program < GAIN * with_graph
