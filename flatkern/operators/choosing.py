@@ -20,7 +20,7 @@ SHORT = 0.1
 
 def program_block(asked: int | None, limit: int) -> BlockSize:
     """The block size for tangent programs."""
-    block = BlockSize(asked, sizes=(2, 4))
+    block = BlockSize(asked, sizes=(2, 4), gain=0.97)
     block.limit = limit
     return block
 

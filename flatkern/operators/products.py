@@ -137,16 +137,17 @@ class BlockSize:
     Args:
         asked: the size, or ``None`` for measuring.
         sizes: what to try beside 1 and as many vectors as there are.
+        gain: several vectors go into one pass where that takes less than this share of the time.
 
     Attributes:
         chosen: the present answer; ``None`` before there was a product with several vectors.
         limit: the most vectors whose working set fits into memory.
     """
 
-    def __init__(self, asked: int | None, sizes: Sequence[int] = ()) -> None:
+    def __init__(self, asked: int | None, sizes: Sequence[int] = (), gain: float = 0.9) -> None:
         if asked is not None and (not isinstance(asked, int) or isinstance(asked, bool) or asked < 1):
             raise ValueError(f"block_size: expected an integer of at least 1 or None, got {asked!r}")
-        self._measure, self._sizes = asked is None, sizes
+        self._measure, self._sizes, self._gain = asked is None, sizes, gain
         self.chosen, self.limit, self._tried = asked, 1, 1
 
     def fix(self, size: int) -> None:
@@ -161,7 +162,8 @@ class BlockSize:
         if most > self._tried and (self._measure or self._tried == 1):
             self._tried = most
             if self._measure:
-                self.chosen = _fastest_size(apply, rows[:most], [s for s in self._sizes if 1 < s < most])
+                between = [size for size in self._sizes if 1 < size < most]
+                self.chosen = _fastest_size(apply, rows[:most], between, self._gain)
             elif not _can_batch(apply, rows[:2]):
                 self.chosen = 1
         return self.chosen or 1
@@ -184,7 +186,7 @@ def images_agree(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
     return bool((a - b).norm() <= tolerance * b.norm())
 
 
-def _fastest_size(apply: Apply, rows: Tensor, sizes: Sequence[int]) -> int:
+def _fastest_size(apply: Apply, rows: Tensor, sizes: Sequence[int], gain: float) -> int:
     if not _can_batch(apply, rows):  # a first pass is slower: it is not timed
         return 1
 
@@ -201,7 +203,7 @@ def _fastest_size(apply: Apply, rows: Tensor, sizes: Sequence[int]) -> int:
     ]
     single, *batched = (min(times) for times in zip(*turns, strict=True))
     best = min(batched)
-    return sizes[batched.index(best)] if best < 0.9 * single else 1
+    return sizes[batched.index(best)] if best < gain * single else 1
 
 
 def forward_is_faster(
