@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Op", "Tape", "UnsupportedError", "Value", "record"]
+__all__ = ["Op", "Recorder", "Tape", "UnsupportedError", "Value", "record", "substitute"]
 
 
 class UnsupportedError(Exception):
@@ -123,7 +123,9 @@ def substitute(item: Any, replacement: Callable[[Value], Tensor]) -> Any:
     return item
 
 
-class _Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
+    """Notes the operations that run while it is in force."""
+
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.tape = Tape()
@@ -136,11 +138,20 @@ class _Recorder(TorchDispatchMode):
         """The value a tensor holds now."""
         known = self._current.get(id(tensor))
         if known is None:
-            return self._new(tensor, self._names.get(id(tensor)))
+            return self._unknown(tensor)
         if known.version not in (None, _version(tensor)):
             raise UnsupportedError("a tensor was changed in place through one of its views")
         _settle(known, tensor)
         return known
+
+    def _unknown(self, tensor: Tensor) -> Value:
+        """The value of a tensor that no operation on the tape has made."""
+        return self._new(tensor, self._names.get(id(tensor)))
+
+    def _about_to_write(self, tensor: Tensor) -> None:
+        """Save the contents that an operation is going to overwrite."""
+        old = self._current[id(tensor)]
+        old.tensor = tensor.detach().clone()
 
     def _new(self, tensor: Tensor, parameter: str | None = None) -> Value:
         value = Value(len(self.tape.values), tensor.detach(), parameter=parameter)
@@ -178,8 +189,7 @@ class _Recorder(TorchDispatchMode):
         if written:
             self._settle_all()
         for tensor in written:
-            old = self._current[id(tensor)]
-            old.tensor = tensor.detach().clone()
+            self._about_to_write(tensor)
         result = func(*args, **kwargs)
         if isinstance(result, (int, float, bool)):
             self.tape.scalars.update(v.index for v in _values(noted))
@@ -241,7 +251,7 @@ def record(
     Raises:
         UnsupportedError: the run cannot be represented.
     """
-    recorder = _Recorder(parameters)
+    recorder = Recorder(parameters)
     value = None
     if forward is None:
         value = (x.clone() if x.is_inference() else x.detach()).clone()

@@ -94,6 +94,7 @@ class Checkpoint:
         self._probe: Tensor | None = None
         self._before = (torch.get_num_threads(), op._engine())
         try:
+            op._freeze_engine()  # so that a run goes on as it would have gone on
             if self._path.exists():
                 self._read(self._path)
             elif self._about["operator"]["identity"] is None:
@@ -170,6 +171,7 @@ class Checkpoint:
         if threads != torch.get_num_threads():
             torch.set_num_threads(threads)
         self._op._use_engine(engine)
+        self._op._freeze_engine()
         probe = arrays.pop(_PROBE, None)
         if probe is not None:
             now = self._product()

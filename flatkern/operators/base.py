@@ -220,6 +220,9 @@ class LinearOperator:
     def _use_engine(self, state: Mapping[str, Any]) -> None:
         """Take over choices made earlier (see :meth:`_engine`), so that products round alike."""
 
+    def _freeze_engine(self) -> None:
+        """Choose no other way of doing products from now on; :meth:`_use_engine` with an earlier state undoes it."""
+
     # -- export ------------------------------------------------------------------------------------
     def to_dense(self, *, max_size: int = 8192, block_size: int = 64) -> Tensor:
         """The matrix [Q, P] itself, from P products in blocks; for small operators and tests.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, ClassVar, Self
@@ -22,9 +23,11 @@ from flatkern.operators.batches import (
     same_fingerprint,
     tensors_in,
 )
+from flatkern.operators.choosing import ProgramTrial, program_block
 from flatkern.operators.determinism import CHANGED_DATA, check_output_again, check_second_pass
 from flatkern.operators.evaluation import OWN_LOSS, evaluate, resolve
 from flatkern.operators.forms import Autocast, twice_differentiable
+from flatkern.operators.gradient_tape import GradientTape, noting
 from flatkern.operators.graph_memory import graph_bytes
 from flatkern.operators.identity import describe_loss, digest
 from flatkern.operators.linearization import (
@@ -54,6 +57,7 @@ from flatkern.problem import (
     preserve_state,
     select_parameters,
 )
+from flatkern.tape import UnsupportedError
 
 __all__ = ["CurvatureOperator"]
 
@@ -115,8 +119,12 @@ class CurvatureOperator(LinearOperator):
         self._max_memory = DEFAULT_MAX_MEMORY if max_memory is None else int(max_memory)
         supported = forward is None and not self.splits_at_output
         self._max_memory = resolve_mode(mode, self._max_memory, forward_supported=supported)
-        self._mode: Mode = "rebuilt" if mode == "kept" or (mode == "auto" and not supported) else mode
-        self._block = BlockSize(block_size)
+        left_over = mode in ("kept", "linearized") or (mode == "auto" and not supported)
+        self._mode: Mode = "rebuilt" if left_over else mode
+        # whether kept batches are tangent programs and not graphs, and whether that may change
+        self._linearized, self._trial = mode == "linearized", ProgramTrial() if mode == "auto" else None
+        self._asked_size = block_size
+        self._block = program_block(block_size, 1) if self._linearized else BlockSize(block_size)
         self._autocast = Autocast(device)
         self._products = 0
         self._untried = check_determinism  # whether data and model are still to be asked twice
@@ -131,8 +139,10 @@ class CurvatureOperator(LinearOperator):
         """How a product is done, in words."""
         raise NotImplementedError
 
-    def _linearize(self, output: Tensor, target: Tensor, index: int) -> Linearization:
-        """The map of batch ``index``, from the model's output with its graph."""
+    def _linearize(
+        self, output: Tensor, target: Tensor, index: int, tape: GradientTape | None
+    ) -> Linearization:
+        """The map of batch ``index``, from the model's output with its graph, or with a tape as a program."""
         raise NotImplementedError
 
     def _without_graph(self, batch: Any, index: int) -> Linearization | None:
@@ -145,6 +155,18 @@ class CurvatureOperator(LinearOperator):
     # -- linearizing -------------------------------------------------------------------------------
     def refresh(self) -> Self:
         """Linearize at the present weights (one pass over the data) and return the operator."""
+        try:
+            self._refresh()
+        except UnsupportedError as error:
+            if self._trial is None:
+                raise ValueError(
+                    f"mode: 'linearized' is not for this model ({error}); take 'auto'"
+                ) from error
+            self._linearized, self._block = False, BlockSize(self._asked_size)
+            self._refresh()
+        return self
+
+    def _refresh(self) -> None:
         start = time.perf_counter()
         self._train.check(self._model)
         check_layers(self._model, self._parameters)
@@ -158,7 +180,7 @@ class CurvatureOperator(LinearOperator):
         # generator
         with preserve_state(self._model, allow_random=True), reading(self._data.source):
             for index, batch in enumerate(self._data):
-                linear, weight, scale = self._build(batch, index, first=True)
+                linear, weight, scale = self._build(batch, index, first=True, linearized=self._linearized)
                 total_weight = total_weight + weight
                 self.num_data += num_samples(batch)
                 size = graph_bytes(linear.roots, self._model.parameters())
@@ -181,7 +203,6 @@ class CurvatureOperator(LinearOperator):
             batch.scale /= self.denominator
         self._watch, self._modes = WeightsWatch(self._model), modes_of(self._model)
         self._seconds = time.perf_counter() - start
-        return self
 
     def _make_room(self, largest: int) -> None:
         """Drop kept graphs, the latest first, until a rebuilt one fits into the budget beside the rest."""
@@ -192,8 +213,12 @@ class CurvatureOperator(LinearOperator):
                 self._kept_bytes -= graph_bytes(batch.kept.roots, self._model.parameters())
                 batch.kept = None
 
-    def _build(self, batch: Any, index: int, *, first: bool) -> tuple[Linearization, Tensor, float]:
+    def _build(
+        self, batch: Any, index: int, *, first: bool, linearized: bool = False
+    ) -> tuple[Linearization, Tensor, float]:
         """Forward pass and linearization of one batch, of the per-sample mean (a loss's usual magnitude).
+
+        ``linearized``: as a tangent program and not as a graph.
 
         Returns the map, the batch's part of the denominator, and what the map's products are to be
         multiplied with.
@@ -201,21 +226,23 @@ class CurvatureOperator(LinearOperator):
         if first:
             self._check_batch(batch, index)
         samples, own = num_samples(batch), self._loss.name == OWN_LOSS
+        tape = GradientTape(self._parameters) if linearized else None
         with (
             self._train.preserved(self._model),
             twice_differentiable(self._model),
             ExitStack() as stack,
         ):
-            with self._autocast.region(), self._train.region(self._model, index):
+            with self._autocast.region(), self._train.region(self._model, index), noting(tape):
                 output, y = evaluate(self._model, batch, self._forward, own_loss=own, samples=samples)
             stack.enter_context(self._autocast.outside())
             if output.dtype in (torch.bfloat16, torch.float16):
-                output = output.float()
+                with noting(tape):
+                    output = output.float()
             if self._unchecked and len(output) > 1:
                 if isinstance(y, Tensor) and y.ndim and len(y) == len(output):
                     self._loss.check_reduction(output.detach(), y)
                 self._unchecked = False
-            linear = self._linearize(output, y, index)
+            linear = self._linearize(output, y, index, tape)
             weight = self._loss.weight(output.detach(), y).detach() if first else output.new_zeros(())
         if first and index == 0 and self._untried:
             with (
@@ -278,9 +305,10 @@ class CurvatureOperator(LinearOperator):
         if self._watch is None:
             raise StaleOperatorError("the last H.refresh() of this operator failed; call it again")
         self._watch.check()
-        self._products += len(rows)
         rows = rows.contiguous()
         parts = Parts(self._parameters, wanted, self.dtype)
+        if self._trial is not None and len(wanted) == len(self._parameters):
+            self._try_programs(rows, parts)
         kept = [batch for batch in self._batches if batch.kept is not None]
         make = torch.empty if kept else torch.zeros
         with torch.inference_mode(False), torch.no_grad(), self._autocast.outside():
@@ -291,7 +319,64 @@ class CurvatureOperator(LinearOperator):
                 accumulate(total, batch.kept, rows, parts, batch.scale, block_size=size, fresh=i == 0)
             if len(kept) < len(self._batches):
                 self._accumulate_rebuilt(total, rows, parts)
+        self._products += len(rows)
         return total
+
+    def _try_programs(self, rows: Tensor, parts: Parts) -> None:
+        """Replace the kept graphs by tangent programs where those are faster for such vectors.
+
+        The data are read again for them; where these differ from the first pass, the graphs stay.
+        """
+        assert self._trial is not None
+        first = next((i for i, batch in enumerate(self._batches) if batch.kept is not None), None)
+        if self._linearized or first is None or not self._trial.due(len(rows), self._products):
+            return
+        if self._modes != modes_of(self._model):
+            return
+        graph = self._batches[first].kept
+        assert graph is not None
+        program = next(self._programs(first, first + 1), None)
+        if program is None:
+            self._trial.refused = True
+            return
+        size = graph_bytes(program.roots, self._model.parameters())
+        kept = sum(batch.kept is not None for batch in self._batches)
+        block = program_block(self._asked_size, self._max_memory // max(size, 1))
+        if size * kept + self._kept_bytes // kept > self._max_memory:
+            return
+        with torch.inference_mode(False), torch.no_grad(), self._autocast.outside():
+            if not self._trial.faster(graph, program, rows, parts, self._block, block):
+                return
+        del graph
+        self._take_programs(kept, block)
+
+    def _take_programs(self, count: int, block: BlockSize) -> None:
+        """Programs for the kept batches, which are the first ``count``."""
+        done = 0
+        for batch, program in zip(self._batches, self._programs(0, count), strict=False):
+            assert batch.kept is not None
+            owned = list(self._model.parameters())
+            self._kept_bytes += graph_bytes(program.roots, owned) - graph_bytes(batch.kept.roots, owned)
+            batch.kept = program
+            done += 1
+        if done == count:
+            self._linearized, self._block = True, block
+        elif self._trial is not None:
+            self._trial.refused = True
+
+    def _programs(self, start: int, end: int) -> Iterator[Linearization]:
+        """The tangent programs of some batches, as far as the data are those of the first pass."""
+        with preserve_state(self._model, allow_random=True), reading(self._data.source):
+            for index, batch in enumerate(itertools.islice(self._data, end)):
+                if index < start:
+                    continue
+                if not same_fingerprint(self._batches[index].sums, fingerprint(batch)):
+                    return
+                try:
+                    linear, _, _ = self._build(batch, index, first=False, linearized=True)
+                except Exception:  # whatever goes wrong on this way, there is another
+                    return
+                yield linear
 
     def _rebuilt(self, batch: Any, index: int) -> Linearization:
         return self._build(batch, index, first=False)[0]
@@ -352,7 +437,16 @@ class CurvatureOperator(LinearOperator):
 
     def _engine(self) -> dict[str, Any]:
         kept = sum(batch.kept is not None for batch in self._batches)
-        return {"mode": self._mode, "block_size": self._block.chosen, "kept_batches": kept}
+        return {
+            "mode": self._mode,
+            "block_size": self._block.chosen,
+            "kept_batches": kept,
+            "linearized": self._linearized,
+            "open": self._trial is not None,
+        }
+
+    def _freeze_engine(self) -> None:
+        self._trial = None
 
     def _use_engine(self, state: Mapping[str, Any]) -> None:
         kept = self._engine()["kept_batches"]
@@ -361,7 +455,10 @@ class CurvatureOperator(LinearOperator):
                 f"max_memory: {kept} batches are kept, {state['kept_batches']} were in the earlier run, so sums would "
                 "round differently; make the operator with the same max_memory"
             )
-        self._mode = state["mode"]
+        if state.get("linearized", False) != self._linearized:
+            self._linearized, self._block = not self._linearized, BlockSize(self._asked_size)
+            self.refresh()
+        self._mode, self._trial = state["mode"], ProgramTrial() if state.get("open", False) else None
         if state["block_size"] is not None:
             self._block.fix(state["block_size"])
 
@@ -371,7 +468,7 @@ class CurvatureOperator(LinearOperator):
         kept = sum(batch.kept is not None for batch in self._batches)
         return OperatorInfo(
             method=self.method,
-            mode="kept" if kept == len(self._batches) else self._mode,
+            mode=("linearized" if self._linearized else "kept") if kept == len(self._batches) else self._mode,
             block_size=self._block.chosen,
             batches=len(self._batches),
             kept_batches=kept,

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from flatkern.losses import Reduction
 from flatkern.operators.batches import Forward, batch_seed
 from flatkern.operators.curvature import CurvatureOperator
-from flatkern.operators.ggn_op import CurvedOutput, output_gradient
-from flatkern.operators.output_map import OutputMap
+from flatkern.operators.ggn_op import curved, output_gradient
+from flatkern.operators.gradient_tape import GradientTape
+from flatkern.operators.linearization import Linearization
 from flatkern.operators.products import Mode
 from flatkern.problem import ParameterSelection
 
@@ -60,7 +61,9 @@ class FisherOperator(CurvatureOperator):
     def _settings(self) -> tuple[Any, ...]:
         return (self.kind, self.seed, self.samples)
 
-    def _linearize(self, output: Tensor, target: Tensor, index: int) -> CurvedOutput:
+    def _linearize(
+        self, output: Tensor, target: Tensor, index: int, tape: GradientTape | None
+    ) -> Linearization:
         self._numerator(output.detach(), target)  # its checks only
         residuals = self._residuals(output.detach(), target, index)
         n = len(output)
@@ -71,7 +74,7 @@ class FisherOperator(CurvatureOperator):
             weights = inner.reshape(*inner.shape, *[1] * (change.ndim - 1))
             return (residuals * weights).sum(0) / (len(residuals) * n)
 
-        return CurvedOutput(OutputMap(self._parameters, output), product)
+        return curved(self._parameters, output, product, tape)
 
     def _residuals(self, output: Tensor, target: Tensor, index: int) -> Tensor:
         """Gradients of the numerator in the output, [samples, *output]."""

@@ -43,7 +43,12 @@ class ForwardOverReverse:
         return []
 
     def apply(
-        self, tangents: Sequence[Tensor | None], wanted: Sequence[int], *, batched: bool = False
+        self,
+        tangents: Sequence[Tensor | None],
+        wanted: Sequence[int],
+        *,
+        batched: bool = False,
+        places: Sequence[Tensor] | None = None,
     ) -> Sequence[Tensor | None]:
         """The tangent of the gradient in the wanted parameters, along tangents of the same ones."""
         if batched:

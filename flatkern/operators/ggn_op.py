@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from flatkern.losses import Loss, Reduction
 from flatkern.operators.batches import Forward
 from flatkern.operators.curvature import CurvatureOperator
+from flatkern.operators.gradient_tape import GradientTape
+from flatkern.operators.linearization import Linearization
+from flatkern.operators.linearized import LinearizedOutput
 from flatkern.operators.output_map import OutputMap
 from flatkern.operators.products import Mode
 from flatkern.problem import ParameterSelection
 
-__all__ = ["CurvedOutput", "GGNOperator", "ggn", "output_gradient"]
+__all__ = ["CurvedOutput", "GGNOperator", "curved", "ggn", "output_gradient"]
 
 OutputProduct = Callable[[Tensor], Tensor | None]
 
@@ -34,18 +37,28 @@ class GGNOperator(CurvatureOperator):
     def method(self) -> str:
         """Where the loss's Hessian comes from."""
         known = "closed-form" if self._loss.product is not None else "autograd"
-        return f"double backward through the output, {known} loss Hessian"
+        way = "tangents of" if self._linearized else "double backward through"
+        return f"{way} the output, {known} loss Hessian"
 
     @property
     def semidefinite(self) -> bool:  # type: ignore[override]
         """Known where the loss's output Hessian has a real square root."""
         return self._loss.root is not None
 
-    def _linearize(self, output: Tensor, target: Tensor, index: int) -> CurvedOutput:
+    def _linearize(
+        self, output: Tensor, target: Tensor, index: int, tape: GradientTape | None
+    ) -> Linearization:
         self._numerator(output.detach(), target)  # its checks only
-        return CurvedOutput(
-            OutputMap(self._parameters, output), _loss_product(output.detach(), target, self._loss)
-        )
+        return curved(self._parameters, output, _loss_product(output.detach(), target, self._loss), tape)
+
+
+def curved(
+    parameters: Sequence[Tensor], output: Tensor, product: OutputProduct, tape: GradientTape | None
+) -> Linearization:
+    """Jᵀ C J with C in closed form: by autograd's graph, or as tangent programs with the tape of the output."""
+    if tape is None:
+        return CurvedOutput(OutputMap(parameters, output), product)
+    return LinearizedOutput(tape, output, parameters, product)
 
 
 class CurvedOutput:
@@ -60,7 +73,12 @@ class CurvedOutput:
         return self._map.roots
 
     def apply(
-        self, tangents: Sequence[Tensor | None], wanted: Sequence[int], *, batched: bool = False
+        self,
+        tangents: Sequence[Tensor | None],
+        wanted: Sequence[int],
+        *,
+        batched: bool = False,
+        places: Sequence[Tensor] | None = None,
     ) -> Sequence[Tensor | None]:
         """J v, C, Jᵀ."""
         change = self._map.push(tangents, batched=batched)

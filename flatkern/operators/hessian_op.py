@@ -1,4 +1,4 @@
-"""The Hessian of a loss as a linear operator, by double backward over kept graphs."""
+"""The Hessian of a loss as a linear operator, by double backward over kept graphs or by tangent programs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from flatkern.losses import Reduction
 from flatkern.operators.batches import Forward
 from flatkern.operators.curvature import CurvatureOperator
 from flatkern.operators.forward_over_reverse import ForwardOverReverse
+from flatkern.operators.gradient_tape import GradientTape, noting
 from flatkern.operators.linearization import Linearization
+from flatkern.operators.linearized import LinearizedGradient
 from flatkern.operators.products import Mode
 from flatkern.problem import ParameterSelection
+from flatkern.tape import Value
 
 __all__ = ["HessianOperator", "hessian", "hvp"]
 
@@ -34,17 +37,24 @@ class HessianOperator(CurvatureOperator):
     @property
     def method(self) -> str:
         """How a product is done."""
-        return "double backward"
+        return "tangent of the gradient" if self._linearized else "double backward"
 
-    def _linearize(self, output: Tensor, target: Any, index: int) -> _GradientGraph:
-        value = self._numerator(output, target)
+    def _linearize(self, output: Tensor, target: Any, index: int, tape: GradientTape | None) -> Linearization:
+        with noting(tape):
+            value = self._numerator(output, target)
         gradients: Sequence[Tensor | None] = [None] * len(self._parameters)
-        if value.requires_grad:
+        noted: Sequence[Value | None] = [None] * len(self._parameters)
+        if value.requires_grad and tape is not None:
+            _, noted = tape.backward(value, self._parameters, torch.ones_like(value).detach())
+            gradients = [None if g is None else g.tensor for g in noted]
+        elif value.requires_grad:
             gradients = torch.autograd.grad(value, self._parameters, create_graph=True, allow_unused=True)
         for name, gradient in zip(self.layout.names, gradients, strict=True):
             if gradient is not None and not bool(torch.isfinite(gradient.detach().sum())):
                 _check_finite(name, gradient.detach())
-        return _GradientGraph(self._parameters, gradients)
+        return (
+            _GradientGraph(self._parameters, gradients) if tape is None else LinearizedGradient(tape, noted)
+        )
 
 
 def _check_finite(name: str, gradient: Tensor) -> None:
@@ -69,7 +79,12 @@ class _GradientGraph:
         return list(self._active.values())
 
     def apply(
-        self, tangents: Sequence[Tensor | None], wanted: Sequence[int], *, batched: bool = False
+        self,
+        tangents: Sequence[Tensor | None],
+        wanted: Sequence[int],
+        *,
+        batched: bool = False,
+        places: Sequence[Tensor] | None = None,
     ) -> Sequence[Tensor | None]:
         """The gradient of ⟨∇L, v⟩ in the wanted parameters."""
         used = [i for i in self._active if tangents[i] is not None]
@@ -121,9 +136,12 @@ def hessian(
             single rebuilt batch still takes what it takes.
         forward: (model, batch) → (output, target), for batches that are not pairs: dicts, models of Hugging Face
             (``lambda m, b: (m(input_ids=b["input_ids"]).logits, b["labels"])``). Samples on axis 0.
-        mode: ``"auto"`` keeps the graphs that fit and, for the other batches, takes the faster of rebuilding the
-            graph and forward over reverse, timed on the first of them; ``"kept"`` never takes the latter;
-            ``"rebuilt"`` and ``"forward"`` keep no graph. ``"forward"`` needs pairs (x, y).
+        mode: ``"auto"`` keeps what fits: autograd's graphs, or tangent programs of the recorded gradient where
+            these are faster (tried at the first product with several vectors, or after eight single ones; the data
+            are read again for them). For the other batches it takes the faster of rebuilding the graph and forward
+            over reverse, timed on the first of them. ``"kept"`` takes graphs, kept or rebuilt; ``"linearized"`` takes
+            programs, and raises where an operation has no rule; ``"rebuilt"`` and ``"forward"`` keep nothing.
+            ``"forward"`` needs pairs (x, y).
         block_size: vectors in one batched pass; default: 1 or up to 8, whichever is faster, timed at the first
             product with several vectors. Where a layer has no batching rule it is 1. ``info`` says what was chosen.
         check_determinism: read the data a second time and run the model twice on the first batch, once, when the

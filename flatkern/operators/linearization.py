@@ -21,12 +21,18 @@ class Linearization(Protocol):
         ...
 
     def apply(
-        self, tangents: Sequence[Tensor | None], wanted: Sequence[int], *, batched: bool = False
+        self,
+        tangents: Sequence[Tensor | None],
+        wanted: Sequence[int],
+        *,
+        batched: bool = False,
+        places: Sequence[Tensor] | None = None,
     ) -> Sequence[Tensor | None]:
         """Curvature of this batch's loss numerator times a tangent, for the wanted parameters only.
 
         ``tangents`` has an entry a parameter and the result one a wanted parameter; ``None`` stands for zeros.
         ``batched``: tangents and results have a leading axis, and one pass serves all of them.
+        ``places``: a tensor a result in which it may be left, and then is that tensor; others are free to write to.
         """
         ...
 
@@ -37,8 +43,8 @@ class OperatorInfo:
 
     method: str
     mode: str
-    """What happens to batches that are not kept: ``"kept"`` (there are none), ``"rebuilt"``, ``"forward"`` or, before
-    the first product has decided, ``"auto"``."""
+    """What happens to batches that are not kept: ``"rebuilt"``, ``"forward"`` or, before the first product has
+    decided, ``"auto"``. Where all are kept: ``"kept"`` for graphs, ``"linearized"`` for tangent programs."""
     block_size: int | None
     """Vectors in one pass; ``None``: not decided yet (the first product with several vectors does)."""
     batches: int

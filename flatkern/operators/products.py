@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,13 +20,14 @@ __all__ = [
     "accumulate",
     "forward_is_faster",
     "images",
+    "images_agree",
     "quiet_batching",
     "resolve_mode",
     "seconds",
 ]
 
 Mode = str
-MODES = ("auto", "kept", "rebuilt", "forward")
+MODES = ("auto", "kept", "rebuilt", "forward", "linearized")
 LARGEST_BLOCK = 8
 
 Apply = Callable[[Tensor], Sequence[Tensor]]
@@ -81,14 +83,34 @@ def accumulate(
         many = step > 1 and len(rows) - start > 1
         block = rows[start : start + step] if many else rows[start]
         out = total[start : start + step] if many else total[start]
+        if fresh:
+            _write(out, linear, block, parts, scale)
+            continue
         pieces = images(linear, block, parts)
         # straight into their places, as a pass over [P] costs as much as the arithmetic of a small layer
-        if not fresh:
-            torch._foreach_add_(parts.places(out), pieces, alpha=scale)
-            continue
-        torch.cat(pieces, dim=-1, out=out)
-        if scale != 1.0:
-            out.mul_(scale)
+        torch._foreach_add_(parts.places(out), pieces, alpha=scale)
+
+
+def _write(out: Tensor, linear: Linearization, vectors: Tensor, parts: Parts, scale: float) -> None:
+    """out = scale · (linear applied to vectors [size] or [k, size])."""
+    batched = vectors.ndim == 2
+    places = parts.split(out)
+    wanted = [t for i in parts.wanted if (t := places[i]) is not None]
+    in_place = all(t.dtype == out.dtype for t in wanted)
+    with quiet_batching() if batched else nullcontext():
+        found = linear.apply(
+            parts.split(vectors), parts.wanted, batched=batched, places=wanted if in_place else None
+        )
+    if any(t is place for t, place in zip(found, wanted, strict=True)):
+        for t, place in zip(found, wanted, strict=True):
+            if t is None:
+                place.zero_()
+            elif t is not place:
+                place.copy_(t)
+    else:
+        torch.cat(parts.join(found, vectors.shape[:-1]), dim=-1, out=out)
+    if scale != 1.0:
+        out.mul_(scale)
 
 
 def images(linear: Linearization, vectors: Tensor, parts: Parts) -> list[Tensor]:
@@ -112,15 +134,20 @@ class BlockSize:
 
     Ops without a batching rule make the batched pass fail, and the answer 1.
 
+    Args:
+        asked: the size, or ``None`` for measuring.
+        sizes: what to try beside 1 and as many vectors as there are.
+        gain: several vectors go into one pass where that takes less than this share of the time.
+
     Attributes:
         chosen: the present answer; ``None`` before there was a product with several vectors.
         limit: the most vectors whose working set fits into memory.
     """
 
-    def __init__(self, asked: int | None) -> None:
+    def __init__(self, asked: int | None, sizes: Sequence[int] = (), gain: float = 0.9) -> None:
         if asked is not None and (not isinstance(asked, int) or isinstance(asked, bool) or asked < 1):
             raise ValueError(f"block_size: expected an integer of at least 1 or None, got {asked!r}")
-        self._measure = asked is None
+        self._measure, self._sizes, self._gain = asked is None, sizes, gain
         self.chosen, self.limit, self._tried = asked, 1, 1
 
     def fix(self, size: int) -> None:
@@ -135,7 +162,8 @@ class BlockSize:
         if most > self._tried and (self._measure or self._tried == 1):
             self._tried = most
             if self._measure:
-                self.chosen = _faster_size(apply, rows[:most])
+                between = [size for size in self._sizes if 1 < size < most]
+                self.chosen = _fastest_size(apply, rows[:most], between, self._gain)
             elif not _can_batch(apply, rows[:2]):
                 self.chosen = 1
         return self.chosen or 1
@@ -147,10 +175,10 @@ def _can_batch(apply: Apply, rows: Tensor) -> bool:
         first = [image[0] for image in apply(rows)]
     except (RuntimeError, NotImplementedError):
         return False
-    return _agree(first, apply(rows[0]))
+    return images_agree(first, apply(rows[0]))
 
 
-def _agree(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+def images_agree(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
     """Whether two images are the same but for rounding."""
     a, b = torch.cat([t.double() for t in first]), torch.cat([t.double() for t in second])
     low = any(t.dtype not in (torch.float32, torch.float64) for t in first)
@@ -158,7 +186,7 @@ def _agree(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
     return bool((a - b).norm() <= tolerance * b.norm())
 
 
-def _faster_size(apply: Apply, rows: Tensor) -> int:
+def _fastest_size(apply: Apply, rows: Tensor, sizes: Sequence[int], gain: float) -> int:
     if not _can_batch(apply, rows):  # a first pass is slower: it is not timed
         return 1
 
@@ -167,10 +195,15 @@ def _faster_size(apply: Apply, rows: Tensor) -> int:
             apply(row)
 
     alone()
-    # in turns, so that other work on the machine hits both
-    turns = [(seconds(alone) / 2, seconds(lambda: apply(rows)) / len(rows)) for _ in range(3)]
-    single, batched = (min(times) for times in zip(*turns, strict=True))
-    return len(rows) if batched < 0.9 * single else 1
+    # in turns, so that other work on the machine hits all
+    sizes = (*sizes, len(rows))
+    turns = [
+        [seconds(alone) / 2, *(seconds(partial(apply, rows[:size])) / size for size in sizes)]
+        for _ in range(3)
+    ]
+    single, *batched = (min(times) for times in zip(*turns, strict=True))
+    best = min(batched)
+    return sizes[batched.index(best)] if best < gain * single else 1
 
 
 def forward_is_faster(
@@ -194,7 +227,7 @@ def forward_is_faster(
         image = run(without_graph)  # a first pass is slower
     except (RuntimeError, NotImplementedError):  # an op without a tangent
         return False
-    if not _agree(image, run(rebuild)):
+    if not images_agree(image, run(rebuild)):
         return False
     # in turns, so that other work on the machine hits both
     turns = [(seconds(lambda: run(without_graph)), seconds(lambda: run(rebuild))) for _ in range(2)]
@@ -221,4 +254,4 @@ def resolve_mode(mode: str, max_memory: int, *, forward_supported: bool) -> int:
         raise ValueError(
             "mode: 'forward' (forward over reverse) is for fk.hessian on pairs (x, y) without forward=; use 'auto'"
         )
-    return max_memory if mode in ("auto", "kept") else 0
+    return 0 if mode in ("rebuilt", "forward") else max_memory

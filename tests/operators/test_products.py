@@ -22,8 +22,8 @@ def block(size, k=5):
 def test_batched_passes_give_what_single_ones_give(name, kind):
     model, x = make(name)
     data = ragged(x, class_targets(len(x)))
-    one = BUILD[kind](model, CE, data, block_size=1)
-    many = BUILD[kind](model, CE, data, block_size=3)
+    one = BUILD[kind](model, CE, data, block_size=1, mode="kept")
+    many = BUILD[kind](model, CE, data, block_size=3, mode="kept")
     v = block(one.shape[0])
     expected = torch.stack([one @ column for column in v.T], dim=1)
     assert_close(one @ v, expected, 1e-12)
@@ -56,9 +56,9 @@ def test_info_says_what_was_chosen():
     op = hessian(model, CE, ragged(x, class_targets(11)))
     assert (op.info.mode, op.info.block_size) == ("kept", None)
     op @ block(op.shape[0])
-    assert op.info.block_size in (1, 5)
+    assert op.info.block_size in (1, 2, 4, 5)
     op @ block(op.shape[0], 12)
-    assert op.info.block_size in (1, 5, 8)
+    assert op.info.block_size in (1, 2, 4, 5, 8)
     assert hessian(model, CE, ragged(x, class_targets(11)), mode="rebuilt").info.kept_batches == 0
 
 
