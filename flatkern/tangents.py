@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flatkern import kernels
+from flatkern.kernels._jet_operator import DTYPES as JET_DTYPES
 from flatkern.tape import Op, Value
 
 __all__ = ["Rule", "rule_for"]
@@ -132,11 +134,38 @@ class Choose(Rule):
         return torch.where(first, left, right)
 
 
+def _activation(op: Op) -> dict[str, Any] | None:
+    """The arguments of :func:`kernels.activation_derivatives` for an operation, where it is one of its kinds."""
+    name, rest = op.name, op.args[1:]
+    if op.args[0].tensor.dtype not in JET_DTYPES:
+        return None
+    if name == "gelu":
+        form = op.kwargs.get("approximate", rest[0] if rest else "none")
+        return {"kind": "gelu" if form == "none" else "gelu_tanh"}
+    if name == "softplus":
+        beta, threshold = (*rest, *(1, 20)[len(rest) :])
+        return {"kind": name, "beta": beta, "threshold": threshold}
+    if name == "elu":
+        alpha, *scales = (*rest, *(1, 1, 1)[len(rest) :])
+        return {"kind": name, "alpha": alpha} if scales == [1, 1] else None
+    return {"kind": name} if name in ("relu", "silu", "tanh", "sigmoid") else None
+
+
 class Elementwise(Rule):
-    """φ of every entry: φ' and φ'' once, by autograd."""
+    """φ of every entry: φ' and φ'' once, by a kernel or by autograd."""
 
     def __init__(self, op: Op, active: frozenset[int]) -> None:
         super().__init__(op, active)
+        activation = _activation(op)
+        if activation is not None:
+            _, self.slope, bend = kernels.activation_derivatives(op.args[0].tensor, **activation)
+            flat = op.name == "relu" or (op.name in ("elu", "softplus") and not bool((bend != 0).any()))
+            self.bend = None if flat else bend
+        else:
+            self._differentiate(op)
+        self.curved = self.bend is not None
+
+    def _differentiate(self, op: Op) -> None:
         source = op.args[0]
         z = source.tensor.detach().requires_grad_()
         with torch.enable_grad():
@@ -146,8 +175,7 @@ class Elementwise(Rule):
             if slope.requires_grad and op.name != "hardsigmoid":  # which torch cannot differentiate twice
                 (bend,) = torch.autograd.grad(slope.sum(), z, allow_unused=True)
         self.slope = slope.detach()
-        self.bend = bend if bend is not None and bool((bend != 0).any()) else None
-        self.curved = self.bend is not None
+        self.bend: Tensor | None = bend if bend is not None and bool((bend != 0).any()) else None
 
     def push(self, tangents: Tangents) -> Tensor:
         """See :class:`Rule`."""
@@ -238,6 +266,11 @@ class Quotient(Rule):
         return -2 * b * image() / self._primal(1)
 
 
+def _fits(x: Tensor, y: Tensor) -> bool:
+    """Whether the jets take x, and give y's dtype."""
+    return x.dtype == y.dtype and x.dtype in JET_DTYPES
+
+
 class Softmax(Rule):
     """y = softmax(x): with m = ⟨y, ẋ⟩, ẏ = y (ẋ − m), D² = y ((ẋ − m)² − ⟨y, (ẋ − m)²⟩); its logarithm likewise."""
 
@@ -248,6 +281,9 @@ class Softmax(Rule):
         self._log = op.name == "_log_softmax"
         self._dim: int = op.args[1]
         self._p = op.output.tensor.exp() if self._log else op.output.tensor
+        # rows without any class are 0 in a safe softmax
+        self._fused = op.name != "_safe_softmax" and _fits(self._primal(0), self._p)
+        self._image: tuple[Tensor, Tensor] | None = None
 
     def _centred(self, tangents: Tangents) -> Tensor:
         t = self._tangent(tangents, 0)
@@ -256,11 +292,20 @@ class Softmax(Rule):
 
     def push(self, tangents: Tangents) -> Tensor:
         """See :class:`Rule`."""
+        if self._image is not None and self._image[0] is self._tangent(tangents, 0):
+            return self._image[1]  # found beside the second-order term
         centred = self._centred(tangents)
         return centred if self._log else self._p * centred
 
     def second(self, tangents: Tangents, image: Callable[[], Tensor]) -> Tensor:
         """See :class:`Rule`."""
+        if self._fused:
+            t = self._tangent(tangents, 0)
+            assert t is not None
+            jet = kernels.softmax_jet(self._primal(0), t.unsqueeze(0), dim=self._dim, log=self._log)
+            assert jet.second is not None
+            self._image = t, jet.first[0]
+            return jet.second[0]
         square = self._centred(tangents).square()
         variance = (self._p * square).sum(self._dim, keepdim=True)
         return (-variance).expand_as(square) if self._log else self._p * (square - variance)
@@ -286,6 +331,9 @@ class Normalized(Rule):
             self._dims = (2,)
             gamma = op.args[1]
             self._gamma = None if gamma is None else gamma.tensor.reshape(-1, *[1] * (x.ndim - 2))
+        self._eps, self._by_entry = eps, op.name == "native_layer_norm"
+        self._fused = _fits(x, op.output.tensor)
+        self._image: tuple[Tensor, Tensor] | None = None
         grouped = x.reshape(self._grouped)
         centred = grouped - grouped.mean(self._dims, keepdim=True)
         self._inverse = (centred.square().mean(self._dims, keepdim=True) + eps).rsqrt()
@@ -304,14 +352,33 @@ class Normalized(Rule):
 
     def push(self, tangents: Tangents) -> Tensor:
         """See :class:`Rule`."""
+        if self._image is not None and self._image[0] is self._tangent(tangents, 0):
+            return self._placed(self._image[1])  # found beside the second-order term
         c, p = self._parts(tangents)
         return self._scaled((c - self._unit * p) * self._inverse)
 
     def second(self, tangents: Tangents, image: Callable[[], Tensor]) -> Tensor:
         """See :class:`Rule`."""
+        if self._fused:
+            return self._second_by_kernel(tangents)
         c, p = self._parts(tangents)
         q = c.square().mean(self._dims, keepdim=True)
         return self._scaled((self._unit * (3 * p.square() - q) - 2 * p * c) * self._inverse.square())
+
+    def _second_by_kernel(self, tangents: Tangents) -> Tensor:
+        t = self._tangent(tangents, 0)
+        assert t is not None
+        rows = self._grouped[: self._dims[0]].numel()
+        weight = None if self._gamma is None or not self._by_entry else self._gamma.reshape(-1)
+        x, t_rows = self._primal(0).reshape(rows, -1), t.reshape(1, rows, -1)
+        jet = kernels.layer_norm_jet(x, t_rows, weight, eps=self._eps)
+        assert jet.second is not None
+        self._image = t, jet.first[0]
+        return self._placed(jet.second[0])
+
+    def _placed(self, rows: Tensor) -> Tensor:
+        """Results of the kernel, which has multiplied with γ where that is a factor an entry of the row."""
+        return rows.reshape(self._shape) if self._by_entry else self._scaled(rows)
 
 
 class FixedStatistics(Rule):

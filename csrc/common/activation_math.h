@@ -65,8 +65,8 @@ FLATKERN_HD Three<N> silu_three(N z) {
   return {z * s.value, s.value + z * s.first, s.first * T(2) + z * s.second};
 }
 
-// z Phi(z). The square of z is taken as (high part)^2, which is exact, and a rest: its rounding would be magnified by
-// the exponential.
+// z Phi(z). In double the square of z is taken as (high part)^2, which is exact, and a rest: its rounding would be
+// magnified by the exponential. In float that costs a tenth of the time; the tail is good to z^2 roundings.
 template <typename N>
 FLATKERN_HD Three<N> gelu_three(N z) {
   using R = Real<N>;
@@ -75,10 +75,14 @@ FLATKERN_HD Three<N> gelu_three(N z) {
   constexpr T furthest = R::wide ? T(39) : T(14);
   const N size = absolute(z);
   const N u = size > furthest ? constant<N>(furthest) : size;
-  const typename R::Word kept = ~((typename R::Word(1) << (R::wide ? 27 : 12)) - 1);
-  const N high = bits_as<N>(bits_as<B>(u) & kept);
-  const N rest = (u - high) * (u + high);
-  const N e = exponential(high * high * T(-0.5), rest * T(-0.5)).exp;
+  N e;
+  if constexpr (R::wide) {
+    const N high = bits_as<N>(bits_as<B>(u) & ~typename R::Word(0x7ffffff));
+    const N rest = (u - high) * (u + high);
+    e = exponential(high * high * T(-0.5), rest * T(-0.5)).exp;
+  } else {
+    e = exponential(u * u * T(-0.5)).exp;
+  }
   N per;
   const N tail = normal_tail(u, &per) * per * e;
   const N below = z < N{} ? tail : T(1) - tail;

@@ -40,7 +40,7 @@ FLATKERN_INLINE wide_t<E> exponentials(const E* row, std::int64_t n, wide_t<E> t
   typedef wide_t<E> T;
   return total<E>(n, [&](std::int64_t i, int some) __attribute__((always_inline)) {
     const V<T> x = some ? read_some(row + i, some, -T(__builtin_inf())) : read(row + i);
-    const V<T> y = exponential(x - top).exp;
+    const V<T> y = weight_of(x - top);
     store<T>(e + i, y);
     return y;
   });

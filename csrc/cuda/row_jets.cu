@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kMostThreads) softmax_rows(SoftmaxJetArgs<E> a
   for (std::int64_t r = blockIdx.x; r < a.rows; r += gridDim.x) {
     const E* z = a.z + r * n;
     const T top = peak(z, n, nullptr);
-    const auto e = [&](std::int64_t i) { return exponential(widen(z[i]) - top).exp; };
+    const auto e = [&](std::int64_t i) { return weight_of(widen(z[i]) - top); };
     const T sum = total<T>(n, e), per = T(1) / sum, shift = log(sum);
     E* value = a.value + r * n;
     each(n, [&](std::int64_t i) { narrow(a.log ? widen(z[i]) - top - shift : e(i) * per, value + i); });
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kMostThreads) logsumexp_rows(LogSumExpArgs<E> 
     const E* z = a.z + r * n;
     std::int64_t place = 0;
     const T top = peak(z, n, &place);
-    const auto e = [&](std::int64_t i) { return exponential(widen(z[i]) - top).exp; };
+    const auto e = [&](std::int64_t i) { return weight_of(widen(z[i]) - top); };
     const T rest = total<T>(n, [&](std::int64_t i) { return i == place ? T(0) : e(i); });
     const T own = e(place), per = T(1) / (own + rest), scale = a.scale ? a.scale[r] : T(1);
     if (a.excess && threadIdx.x == 0) a.excess[r] = log1p(rest + (own - T(1)));

@@ -173,6 +173,7 @@ def _apply(name: str, setting: Setting, *operands: Tensor | None) -> tuple[Tenso
 # -- what the public functions check ---------------------------------------------------------------------------
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+"""What the jets compute with; bfloat16 is accumulated in float32."""
 
 
 def check_primal(name: str, argument: str, z: Tensor, *, axes: int = 0) -> None:

@@ -43,16 +43,20 @@ class GGNOperator(CurvatureOperator):
 
     def _linearize(self, output: Tensor, target: Tensor, index: int) -> CurvedOutput:
         self._numerator(output.detach(), target)  # its checks only
+        product = _loss_product(output.detach(), target, self._loss)
         return CurvedOutput(
-            OutputMap(self._parameters, output), _loss_product(output.detach(), target, self._loss)
+            OutputMap(self._parameters, output), product, several=self._loss.product is not None
         )
 
 
 class CurvedOutput:
-    """Jᵀ C J of one batch, C a symmetric map [*output] → [*output]."""
+    """Jᵀ C J of one batch, C a symmetric map [*output] → [*output].
 
-    def __init__(self, outputs: OutputMap, product: OutputProduct) -> None:
-        self._map, self._product = outputs, product
+    ``several``: C also takes [k, *output], all vectors in one call.
+    """
+
+    def __init__(self, outputs: OutputMap, product: OutputProduct, *, several: bool = False) -> None:
+        self._map, self._product, self._several = outputs, product, several
 
     @property
     def roots(self) -> Sequence[Tensor]:
@@ -66,7 +70,7 @@ class CurvedOutput:
         change = self._map.push(tangents, batched=batched)
         if change is None:
             return [None] * len(wanted)
-        if batched:  # the output is small beside the network: its map goes vector by vector
+        if batched and not self._several:
             rows = [row for c in change if (row := self._product(c)) is not None]
             curved = torch.stack(rows) if rows else None
         else:
@@ -78,7 +82,7 @@ def _loss_product(point: Tensor, target: Tensor, loss: Loss) -> OutputProduct:
     """The output Hessian of the numerator over the number of samples."""
     closed_form = loss.product
     if closed_form is not None:
-        return lambda change: closed_form(point, target, change) / len(point)
+        return lambda change: closed_form(point, target, change).div_(len(point))  # closed forms give new tensors
     found = output_gradient(point, target, loss, create_graph=True)
     if found is None:
         return lambda change: None
