@@ -60,6 +60,7 @@ struct Rows {
   std::int64_t rows = 0, cols, k;
 
   Rows(const py::array& z, const py::array& t) : cols(z.shape(z.ndim() - 1)), k(t.shape(0)) {
+    if (cols >= std::int64_t(1) << 31) throw py::value_error("a row has more than 2^31 entries");
     if (cols) rows = z.size() / cols;
   }
 };

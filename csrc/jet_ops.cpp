@@ -81,6 +81,7 @@ struct Rows {
 
   Rows(const Tensor& z, const Tensor& t)
       : rows(0), cols(z.size(z.dim() - 1)), k(t.size(0)) {
+    STD_TORCH_CHECK(cols < std::int64_t(1) << 31, "flatkern: a row has more than 2^31 entries");
     rows = cols ? z.numel() / cols : 0;
   }
   std::int64_t all() const { return rows * cols; }
