@@ -161,7 +161,9 @@ class Plan:
         target = f"-DTORCH_TARGET_VERSION={TARGET_VERSION} -Wno-unused-parameter"
         about = f"{quoted} {architectures}"
         ops, doors = (
-            " ".join(self.compile(lines, build, source, extra) for source in sorted((ROOT / "csrc").glob(names)))
+            " ".join(
+                self.compile(lines, build, source, extra) for source in sorted((ROOT / "csrc").glob(names))
+            )
             for names, extra in (
                 ("*ops.cpp", f"{target} {includes}{cuda_flag}"),
                 ("*bindings.cpp", f"{python}{cuda_flag} {about}"),

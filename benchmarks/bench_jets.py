@@ -1,7 +1,7 @@
 """Activations, softmax, cross-entropy and norms with second-order terms: against eager PyTorch, Inductor and a copy.
 
-``python -m benchmarks.bench_jets`` writes benchmarks/results/jets.json: one thread, the smallest CPU time over rounds in
-which all sides take turns in one process. The other sides compute the same three results from the shortest formulas in
+``python -m benchmarks.bench_jets`` writes benchmarks/results/jets.json: one thread, the smallest CPU time over rounds
+in which all sides take turns in one process. The other sides compute the same three results from the shortest formulas in
 PyTorch, called directly and through ``torch.compile``. *copy*: ``y.copy_(x)`` of as many bytes as are read and written
 here; no kernel that reads and writes memory once can be much faster where the data do not fit into the caches.
 """
@@ -143,7 +143,9 @@ def layer_norm(x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
 # -- the tables ------------------------------------------------------------------------------------------------
 
 
-def sides(own: Callable[[], object], formula: Formula, z: Tensor, t: Tensor) -> dict[str, Callable[[], object]]:
+def sides(
+    own: Callable[[], object], formula: Formula, z: Tensor, t: Tensor
+) -> dict[str, Callable[[], object]]:
     """The three sides; the compiled one has been compiled."""
     compiled = torch.compile(formula, dynamic=False)
     compiled(z, t)
@@ -175,17 +177,19 @@ def row(what: str, size: str, dtype: torch.dtype, times: dict[str, float]) -> di
 
 def activation_rows(seconds: float) -> list[dict[str, Any]]:
     """``activation_jet`` for one tangent: two arrays read, three written."""
-    out = []
-    for n in (1 << 18, 1 << 22):
-        z, t = torch.randn(n), torch.randn(n)
-        room = [torch.empty(n), torch.empty(1, n), torch.empty(1, n)]
-        for kind, formula in ACTIVATIONS.items():
-            own = sides(lambda kind=kind: kernels.activation_jet(z, t[None], kind), formula, z, t)  # type: ignore[misc,arg-type]
-            own["out"] = lambda kind=kind: kernels.activation_jet(z, t[None], kind, out=room)  # type: ignore[misc]
-            own["copy"] = copied(5 * 4 * n)
-            out.append(row(f"activation_jet {kind}", f"{n:,}", z.dtype, minima(own, seconds)))
-            show(out[-1])
-    return out
+    return [activation_row(kind, n, seconds) for n in (1 << 18, 1 << 22) for kind in ACTIVATIONS]
+
+
+def activation_row(kind: Any, n: int, seconds: float) -> dict[str, Any]:
+    """One kind and size."""
+    z, t = torch.randn(n), torch.randn(n)
+    room = [torch.empty(n), torch.empty(1, n), torch.empty(1, n)]
+    functions = sides(lambda: kernels.activation_jet(z, t[None], kind), ACTIVATIONS[kind], z, t)
+    functions["out"] = lambda: kernels.activation_jet(z, t[None], kind, out=room)
+    functions["copy"] = copied(5 * 4 * n)
+    result = row(f"activation_jet {kind}", f"{n:,}", z.dtype, minima(functions, seconds))
+    show(result)
+    return result
 
 
 def row_rows(seconds: float) -> list[dict[str, Any]]:
@@ -197,13 +201,20 @@ def row_rows(seconds: float) -> list[dict[str, Any]]:
         ("cross_entropy_hvp", (4096, 10), torch.float32, kernels.cross_entropy_hvp, cross_entropy_hvp, 3),
         ("cross_entropy_hvp", (1024, 1000), torch.float32, kernels.cross_entropy_hvp, cross_entropy_hvp, 3),
         ("cross_entropy_hvp", (128, 50257), torch.float32, kernels.cross_entropy_hvp, cross_entropy_hvp, 3),
-        ("cross_entropy_hvp", (128, 50257), torch.bfloat16, kernels.cross_entropy_hvp, wide_cross_entropy_hvp, 3),
+        (
+            "cross_entropy_hvp",
+            (128, 50257),
+            torch.bfloat16,
+            kernels.cross_entropy_hvp,
+            wide_cross_entropy_hvp,
+            3,
+        ),
         ("layer_norm_jet", (4096, 64), torch.float32, kernels.layer_norm_jet, layer_norm, 5),
         ("layer_norm_jet", (2048, 768), torch.float32, kernels.layer_norm_jet, layer_norm, 5),
     ]
     for name, shape, dtype, own, formula, arrays in cases:
         z, t = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
-        functions = sides(lambda own=own, z=z, t=t: own(z, t[None]), formula, z, t)  # type: ignore[misc]
+        functions = sides(lambda own=own, z=z, t=t: own(z, t[None]), formula, z, t)
         functions["copy"] = copied(arrays * z.element_size() * z.numel())
         out.append(row(name, f"{shape[0]:,} × {shape[1]:,}", dtype, minima(functions, seconds)))
         show(out[-1])
@@ -229,7 +240,9 @@ def library_rows(seconds: float) -> list[dict[str, Any]]:
     """What changes for those who never call a kernel."""
     out = []
     for vocabulary in (1000, 50257):
-        model = nn.Sequential(nn.Embedding(vocabulary, 64), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, vocabulary))
+        model = nn.Sequential(
+            nn.Embedding(vocabulary, 64), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, vocabulary)
+        )
         x, y = torch.randint(vocabulary, (4, 32)), torch.randint(vocabulary, (4, 32))
         operator = fk.ggn(model, TokenCrossEntropyLoss(), (x, y))
         plain = fk.ggn(model, TokenCrossEntropyLoss(), (x, y))
@@ -239,7 +252,9 @@ def library_rows(seconds: float) -> list[dict[str, Any]]:
         functions = {"own": lambda o=operator, v=v: o @ v, "before": lambda o=plain, v=v: o @ v}
         torch.testing.assert_close(functions["own"](), functions["before"](), rtol=1e-3, atol=1e-5)
         out.append(
-            library_row(f"GGN product, {vocabulary:,} classes, 128 tokens, width 64", minima(functions, seconds))
+            library_row(
+                f"GGN product, {vocabulary:,} classes, 128 tokens, width 64", minima(functions, seconds)
+            )
         )
     data = load("digits-mnist", num_train=512, num_test=10).train
     for name in ("MLP GELU", "MLP tanh", "VGG GELU", "ViT GELU"):
@@ -257,7 +272,11 @@ def library_rows(seconds: float) -> list[dict[str, Any]]:
                 stack.enter_context(patch.object(tangents, "_fits", lambda x, y: False))
                 return run()
 
-        out.append(library_row(f"hessian_trace, {name}, 20 probes", minima({"own": run, "before": before}, seconds, 3)))
+        out.append(
+            library_row(
+                f"hessian_trace, {name}, 20 probes", minima({"own": run, "before": before}, seconds, 3)
+            )
+        )
     return out
 
 
@@ -288,7 +307,12 @@ def main() -> None:
     torch.manual_seed(0)
     parts = {"activations": activation_rows, "rows": row_rows, "library": library_rows}
     with torch.no_grad():
-        rows = [r for name in ("activations", "rows") if name in options.only for r in parts[name](options.seconds)]
+        rows = [
+            r
+            for name in ("activations", "rows")
+            if name in options.only
+            for r in parts[name](options.seconds)
+        ]
     if "library" in options.only:
         rows += library_rows(options.seconds)
     settings = {

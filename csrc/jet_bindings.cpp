@@ -1,5 +1,5 @@
-// The NumPy door of the jets. flatkern/native.py makes the arrays contiguous and checks them; sizes are checked here
-// again.
+// The NumPy door of the jets. flatkern/native.py makes the arrays contiguous and checks them; sizes are
+// checked here again.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -38,7 +38,8 @@ Dense<T> like(const Dense<T>& x) {
 }
 
 ActivationSpec spec_of(int kind, double a, double b) {
-  if (kind < 0 || kind >= static_cast<int>(flatkern::Activation::count)) throw py::value_error("unknown activation");
+  if (kind < 0 || kind >= static_cast<int>(flatkern::Activation::count))
+    throw py::value_error("unknown activation");
   return {static_cast<flatkern::Activation>(kind), a, b};
 }
 
@@ -49,11 +50,12 @@ void spread_chunks(std::int64_t n, std::int64_t k, int threads, const F& f) {
 
 template <typename T, typename Args>
 void spread_rows(const Args& args, int threads, void (*kernel)(const Args&, std::int64_t, std::int64_t, T*)) {
-  flatkern::spread(args.rows, flatkern::cpu::grain_rows(args.cols, args.k), threads,
-                   [&](std::int64_t begin, std::int64_t end) {
-                     std::vector<T> scratch(static_cast<std::size_t>(flatkern::cpu::scratch_entries(args.cols)));
-                     kernel(args, begin, end, scratch.data());
-                   });
+  flatkern::spread(
+      args.rows, flatkern::cpu::grain_rows(args.cols, args.k), threads,
+      [&](std::int64_t begin, std::int64_t end) {
+        std::vector<T> scratch(static_cast<std::size_t>(flatkern::cpu::scratch_entries(args.cols)));
+        kernel(args, begin, end, scratch.data());
+      });
 }
 
 struct Rows {
@@ -99,8 +101,13 @@ void bind(py::module_& m) {
     const ActivationSpec spec = spec_of(kind, a, b);
     const std::int64_t n = z.size(), k = t.shape(0);
     Dense<T> cotangent = like(z), tangents = like(t);
-    const flatkern::ActivationPullbackArgs<T> args = {
-        z.data(), in(g, n), in(t, k * n), in(dg, k * n), k, cotangent.mutable_data(), tangents.mutable_data()};
+    const flatkern::ActivationPullbackArgs<T> args = {z.data(),
+                                                      in(g, n),
+                                                      in(t, k * n),
+                                                      in(dg, k * n),
+                                                      k,
+                                                      cotangent.mutable_data(),
+                                                      tangents.mutable_data()};
     spread_chunks(n, k, threads, [&](std::int64_t begin, std::int64_t end) {
       kernels().jets(T{}).pullback(spec, args, n, begin, end);
     });
@@ -124,48 +131,56 @@ void bind(py::module_& m) {
   m.def("cross_entropy_hvp", [](A z, const Maybe<T>& scale, A v, int threads) {
     const Rows r(z, v);
     Dense<T> product = like(v);
-    const flatkern::LogSumExpArgs<T> args = {
-        r.rows, r.cols, r.k, z.data(), in(scale, r.rows), in(v, r.k * z.size()), nullptr, nullptr,
-        product.mutable_data()};
+    const flatkern::LogSumExpArgs<T> args = {r.rows,
+                                             r.cols,
+                                             r.k,
+                                             z.data(),
+                                             in(scale, r.rows),
+                                             in(v, r.k * z.size()),
+                                             nullptr,
+                                             nullptr,
+                                             product.mutable_data()};
     spread_rows<T>(args, threads, kernels().jets(T{}).logsumexp);
     return product;
   });
-  m.def("norm_jet", [](A x, A t, const Maybe<T>& weight, const Maybe<T>& bias, double eps, bool centred, int threads) {
-    const Rows r(x, t);
-    Dense<T> value = like(x), first = like(t), second = like(t);
-    const flatkern::NormJetArgs<T> args = {r.rows,
-                                           r.cols,
-                                           r.k,
-                                           x.data(),
-                                           in(t, r.k * x.size()),
-                                           in(weight, r.cols),
-                                           in(bias, r.cols),
-                                           eps,
-                                           centred,
-                                           value.mutable_data(),
-                                           first.mutable_data(),
-                                           second.mutable_data()};
-    spread_rows<T>(args, threads, kernels().jets(T{}).norm);
-    return py::make_tuple(value, first, second);
-  });
-  m.def("norm_pullback", [](A x, A g, A t, A dg, const Maybe<T>& weight, double eps, bool centred, int threads) {
-    const Rows r(x, t);
-    Dense<T> cotangent = like(x), tangents = like(t);
-    const flatkern::NormPullbackArgs<T> args = {r.rows,
-                                                r.cols,
-                                                r.k,
-                                                x.data(),
-                                                in(g, x.size()),
-                                                in(t, r.k * x.size()),
-                                                in(dg, r.k * x.size()),
-                                                in(weight, r.cols),
-                                                eps,
-                                                centred,
-                                                cotangent.mutable_data(),
-                                                tangents.mutable_data()};
-    spread_rows<T>(args, threads, kernels().jets(T{}).norm_pullback);
-    return py::make_tuple(cotangent, tangents);
-  });
+  m.def("norm_jet",
+        [](A x, A t, const Maybe<T>& weight, const Maybe<T>& bias, double eps, bool centred, int threads) {
+          const Rows r(x, t);
+          Dense<T> value = like(x), first = like(t), second = like(t);
+          const flatkern::NormJetArgs<T> args = {r.rows,
+                                                 r.cols,
+                                                 r.k,
+                                                 x.data(),
+                                                 in(t, r.k * x.size()),
+                                                 in(weight, r.cols),
+                                                 in(bias, r.cols),
+                                                 eps,
+                                                 centred,
+                                                 value.mutable_data(),
+                                                 first.mutable_data(),
+                                                 second.mutable_data()};
+          spread_rows<T>(args, threads, kernels().jets(T{}).norm);
+          return py::make_tuple(value, first, second);
+        });
+  m.def("norm_pullback",
+        [](A x, A g, A t, A dg, const Maybe<T>& weight, double eps, bool centred, int threads) {
+          const Rows r(x, t);
+          Dense<T> cotangent = like(x), tangents = like(t);
+          const flatkern::NormPullbackArgs<T> args = {r.rows,
+                                                      r.cols,
+                                                      r.k,
+                                                      x.data(),
+                                                      in(g, x.size()),
+                                                      in(t, r.k * x.size()),
+                                                      in(dg, r.k * x.size()),
+                                                      in(weight, r.cols),
+                                                      eps,
+                                                      centred,
+                                                      cotangent.mutable_data(),
+                                                      tangents.mutable_data()};
+          spread_rows<T>(args, threads, kernels().jets(T{}).norm_pullback);
+          return py::make_tuple(cotangent, tangents);
+        });
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// The torch door of the jets: schemas, outputs and raw pointers. Operands are contiguous and checked in Python
-// (flatkern/kernels); what would be unsafe is checked here again.
+// The torch door of the jets: schemas, outputs and raw pointers. Operands are contiguous and checked in
+// Python (flatkern/kernels); what would be unsafe is checked here again.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -49,7 +49,8 @@ void dispatch(const Tensor& x, F&& f) {
 
 void check_operand(const Tensor& x, const Tensor& primal, std::int64_t entries) {
   STD_TORCH_CHECK(x.scalar_type() == primal.scalar_type(), "flatkern: dtypes differ");
-  STD_TORCH_CHECK(x.numel() == entries, "flatkern: an operand or result has ", x.numel(), " entries, not ", entries);
+  STD_TORCH_CHECK(x.numel() == entries, "flatkern: an operand or result has ", x.numel(), " entries, not ",
+                  entries);
   STD_TORCH_CHECK(x.is_contiguous(), "flatkern: operands and results must be contiguous");
 }
 
@@ -79,8 +80,7 @@ ActivationSpec spec_of(std::int64_t kind, double a, double b) {
 struct Rows {
   std::int64_t rows, cols, k;
 
-  Rows(const Tensor& z, const Tensor& t)
-      : rows(0), cols(z.size(z.dim() - 1)), k(t.size(0)) {
+  Rows(const Tensor& z, const Tensor& t) : rows(0), cols(z.size(z.dim() - 1)), k(t.size(0)) {
     STD_TORCH_CHECK(cols < std::int64_t(1) << 31, "flatkern: a row has more than 2^31 entries");
     rows = cols ? z.numel() / cols : 0;
   }
@@ -108,7 +108,8 @@ struct Launch {
 
 template <typename E, typename Args>
 void run_chunks(const Tensor& z, std::int64_t k, const ActivationSpec& spec, const Args& args,
-                void (*kernel)(const ActivationSpec&, const Args&, std::int64_t, std::int64_t, std::int64_t)) {
+                void (*kernel)(const ActivationSpec&, const Args&, std::int64_t, std::int64_t,
+                               std::int64_t)) {
   const std::int64_t n = z.numel();
 #ifdef FLATKERN_CUDA
   if (on_gpu(z)) {
@@ -130,12 +131,11 @@ void run_rows(const Tensor& z, const Args& args,
     return Launch::check(flatkern::cuda::run(args, launch.stream));
   }
 #endif
-  torch::stable::parallel_for(0, args.rows, flatkern::cpu::grain_rows(args.cols, args.k),
-                              [&](std::int64_t begin, std::int64_t end) {
-                                std::vector<wide_t<E>> scratch(
-                                    static_cast<std::size_t>(flatkern::cpu::scratch_entries(args.cols)));
-                                kernel(args, begin, end, scratch.data());
-                              });
+  torch::stable::parallel_for(
+      0, args.rows, flatkern::cpu::grain_rows(args.cols, args.k), [&](std::int64_t begin, std::int64_t end) {
+        std::vector<wide_t<E>> scratch(static_cast<std::size_t>(flatkern::cpu::scratch_entries(args.cols)));
+        kernel(args, begin, end, scratch.data());
+      });
 }
 
 using flatkern::cpu::kernels;
@@ -146,8 +146,8 @@ void activation_derivatives_out(Tensor z, std::int64_t kind, double a, double b,
   dispatch(z, [&](auto zero) {
     using E = decltype(zero);
     const std::int64_t n = z.numel();
-    const flatkern::ActivationDerivativesArgs<E> args = {in<E>(z, z, n), out<E>(value, z, n), out<E>(slope, z, n),
-                                                         out<E>(bend, z, n)};
+    const flatkern::ActivationDerivativesArgs<E> args = {in<E>(z, z, n), out<E>(value, z, n),
+                                                         out<E>(slope, z, n), out<E>(bend, z, n)};
     run_chunks<E>(z, 1, spec, args, kernels().jets(zero).derivatives);
   });
 }
@@ -158,8 +158,8 @@ std::tuple<Tensor, Tensor, Tensor> activation_derivatives(Tensor z, std::int64_t
   return {value, slope, bend};
 }
 
-void activation_jet_out(Tensor z, Tensor t, Maybe s, std::int64_t kind, double a, double b, Tensor value, Tensor first,
-                        Maybe second) {
+void activation_jet_out(Tensor z, Tensor t, Maybe s, std::int64_t kind, double a, double b, Tensor value,
+                        Tensor first, Maybe second) {
   const ActivationSpec spec = spec_of(kind, a, b);
   dispatch(z, [&](auto zero) {
     using E = decltype(zero);
@@ -175,8 +175,8 @@ void activation_jet_out(Tensor z, Tensor t, Maybe s, std::int64_t kind, double a
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> activation_jet(Tensor z, Tensor t, Maybe s, std::int64_t kind, double a, double b,
-                                                  std::int64_t order) {
+std::tuple<Tensor, Tensor, Tensor> activation_jet(Tensor z, Tensor t, Maybe s, std::int64_t kind, double a,
+                                                  double b, std::int64_t order) {
   Tensor value = like(z), first = like(t);
   if (order == 2) {
     Tensor second = like(t);
@@ -194,15 +194,19 @@ void activation_pullback_out(Tensor z, Tensor g, Tensor t, Tensor dg, std::int64
   dispatch(z, [&](auto zero) {
     using E = decltype(zero);
     const std::int64_t n = z.numel(), k = t.size(0);
-    const flatkern::ActivationPullbackArgs<E> args = {in<E>(z, z, n),          in<E>(g, z, n), in<E>(t, z, k * n),
-                                                      in<E>(dg, z, k * n),     k,              out<E>(cotangent, z, n),
+    const flatkern::ActivationPullbackArgs<E> args = {in<E>(z, z, n),
+                                                      in<E>(g, z, n),
+                                                      in<E>(t, z, k * n),
+                                                      in<E>(dg, z, k * n),
+                                                      k,
+                                                      out<E>(cotangent, z, n),
                                                       out<E>(tangents, z, k * n)};
     run_chunks<E>(z, k, spec, args, kernels().jets(zero).pullback);
   });
 }
 
-std::tuple<Tensor, Tensor> activation_pullback(Tensor z, Tensor g, Tensor t, Tensor dg, std::int64_t kind, double a,
-                                               double b) {
+std::tuple<Tensor, Tensor> activation_pullback(Tensor z, Tensor g, Tensor t, Tensor dg, std::int64_t kind,
+                                               double a, double b) {
   Tensor cotangent = like(z), tangents = like(t);
   activation_pullback_out(z, g, t, dg, kind, a, b, cotangent, tangents);
   return {cotangent, tangents};
@@ -227,8 +231,8 @@ std::tuple<Tensor, Tensor, Tensor> softmax_jet(Tensor z, Tensor t, bool log) {
   return {value, first, second};
 }
 
-void logsumexp(const Tensor& z, const Maybe& scale, const Tensor& v, const Tensor* excess, const Tensor* gradient,
-               const Tensor& product) {
+void logsumexp(const Tensor& z, const Maybe& scale, const Tensor& v, const Tensor* excess,
+               const Tensor* gradient, const Tensor& product) {
   dispatch(z, [&](auto zero) {
     using E = decltype(zero);
     using T = wide_t<E>;
@@ -264,7 +268,8 @@ std::tuple<Tensor, Tensor, Tensor> logsumexp_jet(Tensor z, Maybe scale, Tensor v
   return {excess, gradient, product};
 }
 
-std::tuple<Tensor, Tensor, Tensor> norm_jet(Tensor x, Tensor t, Maybe weight, Maybe bias, double eps, bool centred) {
+std::tuple<Tensor, Tensor, Tensor> norm_jet(Tensor x, Tensor t, Maybe weight, Maybe bias, double eps,
+                                            bool centred) {
   Tensor value = like(x), first = like(t), second = like(t);
   dispatch(x, [&](auto zero) {
     using E = decltype(zero);
@@ -340,17 +345,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flatkern, m) {
 }
 
 // one implementation for both: the work is sent to where the primal lies
-#define FLATKERN_JETS(m)                                                          \
-  m.impl("activation_derivatives", TORCH_BOX(&activation_derivatives));           \
-  m.impl("activation_derivatives_out", TORCH_BOX(&activation_derivatives_out));   \
-  m.impl("activation_jet", TORCH_BOX(&activation_jet));                           \
-  m.impl("activation_jet_out", TORCH_BOX(&activation_jet_out));                   \
-  m.impl("activation_pullback", TORCH_BOX(&activation_pullback));                 \
-  m.impl("activation_pullback_out", TORCH_BOX(&activation_pullback_out));         \
-  m.impl("softmax_jet", TORCH_BOX(&softmax_jet));                                 \
-  m.impl("cross_entropy_hvp", TORCH_BOX(&cross_entropy_hvp));                     \
-  m.impl("logsumexp_jet", TORCH_BOX(&logsumexp_jet));                             \
-  m.impl("norm_jet", TORCH_BOX(&norm_jet));                                       \
+#define FLATKERN_JETS(m)                                                        \
+  m.impl("activation_derivatives", TORCH_BOX(&activation_derivatives));         \
+  m.impl("activation_derivatives_out", TORCH_BOX(&activation_derivatives_out)); \
+  m.impl("activation_jet", TORCH_BOX(&activation_jet));                         \
+  m.impl("activation_jet_out", TORCH_BOX(&activation_jet_out));                 \
+  m.impl("activation_pullback", TORCH_BOX(&activation_pullback));               \
+  m.impl("activation_pullback_out", TORCH_BOX(&activation_pullback_out));       \
+  m.impl("softmax_jet", TORCH_BOX(&softmax_jet));                               \
+  m.impl("cross_entropy_hvp", TORCH_BOX(&cross_entropy_hvp));                   \
+  m.impl("logsumexp_jet", TORCH_BOX(&logsumexp_jet));                           \
+  m.impl("norm_jet", TORCH_BOX(&norm_jet));                                     \
   m.impl("norm_pullback", TORCH_BOX(&norm_pullback))
 
 STABLE_TORCH_LIBRARY_IMPL(flatkern, CPU, m) {

@@ -127,7 +127,9 @@ def activation_pullback(
 
 
 def softmax_jet(z: Floats, t: Floats, *, log: bool = False, threads: int = 1) -> Jet:
-    """softmax(z) over the last axis, or its logarithm, along tangents [k, *z.shape]; see `flatkern.kernels.softmax_jet`.
+    """softmax(z) over the last axis, or its logarithm, along tangents [k, *z.shape].
+
+    See `flatkern.kernels.softmax_jet`.
 
     Raises:
         TypeError: not arrays of one dtype, float32 or float64 in native byte order.

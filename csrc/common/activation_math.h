@@ -65,8 +65,9 @@ FLATKERN_HD Three<N> silu_three(N z) {
   return {z * s.value, s.value + z * s.first, s.first * T(2) + z * s.second};
 }
 
-// z Phi(z). In double the square of z is taken as (high part)^2, which is exact, and a rest: its rounding would be
-// magnified by the exponential. In float that costs a tenth of the time; the tail is good to z^2 roundings.
+// z Phi(z). In double the square of z is taken as (high part)^2, which is exact, and a rest: its rounding
+// would be magnified by the exponential. In float that costs a tenth of the time; the tail is good to z^2
+// roundings.
 template <typename N>
 FLATKERN_HD Three<N> gelu_three(N z) {
   using R = Real<N>;
@@ -108,11 +109,13 @@ FLATKERN_HD Three<N> gelu_tanh_three(N z) {
 template <typename N>
 FLATKERN_HD Three<N> softplus_three(N z, const ActivationSpec& spec) {
   typedef typename Real<N>::Element T;
-  const T beta = static_cast<T>(spec.a), per_beta = static_cast<T>(1 / spec.a), threshold = static_cast<T>(spec.b);
+  const T beta = static_cast<T>(spec.a), per_beta = static_cast<T>(1 / spec.a),
+          threshold = static_cast<T>(spec.b);
   const N x = z * beta;
   const Logistic<N> s = logistic(x);
   const N value = ((x < N{} ? N{} : x) + log_one_plus(s.exp)) * per_beta;
-  return {x > threshold ? z : value, x > threshold ? constant<N>(1) : s.value, x > threshold ? N{} : s.first * beta};
+  return {x > threshold ? z : value, x > threshold ? constant<N>(1) : s.value,
+          x > threshold ? N{} : s.first * beta};
 }
 
 template <typename N>

@@ -48,7 +48,8 @@ FLATKERN_HD void narrow(float x, Bf16* to) {
   std::uint32_t word;
   memcpy(&word, &x, sizeof word);
   const bool nan = x != x;
-  to->bits = nan ? std::uint16_t(0x7fc0) : static_cast<std::uint16_t>((word + 0x7fff + ((word >> 16) & 1)) >> 16);
+  to->bits =
+      nan ? std::uint16_t(0x7fc0) : static_cast<std::uint16_t>((word + 0x7fff + ((word >> 16) & 1)) >> 16);
 }
 
 }  // namespace flatkern

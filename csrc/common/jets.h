@@ -1,5 +1,5 @@
-// What the jets take and give, as both doors hand it to the kernels: contiguous rows; E is the storage type, which is
-// computed in wide_t<E>.
+// What the jets take and give, as both doors hand it to the kernels: contiguous rows; E is the storage type,
+// which is computed in wide_t<E>.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
 // Elementary functions for the activations, for one number or a vector of them (GCC's vector types): the CPU
-// kernels run them on vectors, the CUDA kernels on single numbers, the tests on both. Arguments are such that nothing
-// overflows: exponentials are taken of numbers <= 0 only.
+// kernels run them on vectors, the CUDA kernels on single numbers, the tests on both. Arguments are such that
+// nothing overflows: exponentials are taken of numbers <= 0 only.
 #pragma once
 
 #include <cstdint>
@@ -84,8 +84,9 @@ struct Exponential {
 };
 
 // e^(x + low) and e^(x + low) - 1, each to about an ulp, for x <= 0 and a correction |low| far below 1.
-// x + low = n ln 2 + r; both come from expm1(r), so that near 0 the second keeps its digits. Below the normal range the
-// first stays at some 1e-38 (1e-308). The rounding to n works by a number so large that its last bit counts ones.
+// x + low = n ln 2 + r; both come from expm1(r), so that near 0 the second keeps its digits. Below the normal
+// range the first stays at some 1e-38 (1e-308). The rounding to n works by a number so large that its last
+// bit counts ones.
 template <typename N>
 FLATKERN_HD Exponential<N> exponential(N x, N low) {
   using R = Real<N>;
@@ -137,7 +138,9 @@ FLATKERN_HD N log_one_plus(N e) {
   const N w = s * s;
   N q;
   if constexpr (Real<N>::wide) {
-    q = horner(w, 0.6666666666666666, 0.40000000000014585, 0.2857142856710876, 0.22222222717427864, 0.18181789436132859, 0.15385570064958623, 0.13314144209654935, 0.12001072809590713, 0.08800738486144674, 0.1616404561194353);
+    q = horner(w, 0.6666666666666666, 0.40000000000014585, 0.2857142856710876, 0.22222222717427864,
+               0.18181789436132859, 0.15385570064958623, 0.13314144209654935, 0.12001072809590713,
+               0.08800738486144674, 0.1616404561194353);
   } else {
     q = horner(w, 0.6666666732052742, 0.3999970633192972, 0.28592357994302836, 0.21706575800880373,
                0.2322432922402335);
@@ -145,9 +148,9 @@ FLATKERN_HD N log_one_plus(N e) {
   return s * w * q + s * T(2);
 }
 
-// (u + c) e^(u^2/2) (1 - Phi(u)) for u >= 0, Phi the normal distribution function, as a polynomial in (u - c)/(u + c);
-// the caller divides by u + c. Relative error 2^-24.5 up to u = 14 in float, 2^-56 up to u = 39 in double (Chebyshev
-// interpolation in 50 digits).
+// (u + c) e^(u^2/2) (1 - Phi(u)) for u >= 0, Phi the normal distribution function, as a polynomial in (u -
+// c)/(u + c); the caller divides by u + c. Relative error 2^-24.5 up to u = 14 in float, 2^-56 up to u = 39
+// in double (Chebyshev interpolation in 50 digits).
 template <typename N>
 FLATKERN_HD N normal_tail(N u, N* per) {
   typedef typename Real<N>::Element T;
@@ -155,10 +158,13 @@ FLATKERN_HD N normal_tail(N u, N* per) {
   *per = T(1) / (u + c);
   const N t = (u - c) * *per;
   if constexpr (Real<N>::wide) {
-    return horner(t, 0.769193049750063, -0.6653825028900567, 0.4953056159699764, -0.31353315667130455, 0.1650203661703847,
--0.06911863870631016, 0.020795066799883178, -0.0029933767705085422, -0.0007978693984660701, 0.0005448990647731298, -5.937572800991586e-05,
--4.97628142705858e-05, 1.6681213742042063e-05, 3.9809021578680414e-06, -2.76926709599743e-06, -3.366153681012471e-07, 4.331410356862585e-07,
-4.2274993740065346e-08, -6.594221662477223e-08, -9.31356099432606e-09, 7.66307180076004e-09, 1.753048401408232e-09, -1.5877468827473365e-10);
+    return horner(t, 0.769193049750063, -0.6653825028900567, 0.4953056159699764, -0.31353315667130455,
+                  0.1650203661703847, -0.06911863870631016, 0.020795066799883178, -0.0029933767705085422,
+                  -0.0007978693984660701, 0.0005448990647731298, -5.937572800991586e-05,
+                  -4.97628142705858e-05, 1.6681213742042063e-05, 3.9809021578680414e-06,
+                  -2.76926709599743e-06, -3.366153681012471e-07, 4.331410356862585e-07,
+                  4.2274993740065346e-08, -6.594221662477223e-08, -9.31356099432606e-09, 7.66307180076004e-09,
+                  1.753048401408232e-09, -1.5877468827473365e-10);
   } else {
     return horner(t, 0.7513573639718513, -0.5923482203670233, 0.3600382303250143, -0.15857573634693992,
                   0.041883040917909016, -0.0002959338900237991, -0.004218976649119236, 0.0007517032401798303,

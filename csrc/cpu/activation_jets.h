@@ -1,5 +1,5 @@
-// Activations and their terms along tangents, chunk by chunk of the primal: the first tangent is served while the
-// chunk is evaluated, for the others its derivatives stay in the first-level cache.
+// Activations and their terms along tangents, chunk by chunk of the primal: the first tangent is served while
+// the chunk is evaluated, for the others its derivatives stay in the first-level cache.
 #pragma once
 
 #include "elements.h"
@@ -95,8 +95,8 @@ void activation_derivatives(const ActivationSpec& spec, const ActivationDerivati
 }
 
 template <typename E>
-void activation_jet(const ActivationSpec& spec, const ActivationJetArgs<E>& a, std::int64_t n, std::int64_t begin,
-                    std::int64_t end) {
+void activation_jet(const ActivationSpec& spec, const ActivationJetArgs<E>& a, std::int64_t n,
+                    std::int64_t begin, std::int64_t end) {
   typedef wide_t<E> T;
   Kept<T> kept;
   const std::int64_t outputs = 1 + a.k * (a.second ? 2 : 1);
@@ -161,7 +161,8 @@ void activation_pullback(const ActivationSpec& spec, const ActivationPullbackArg
       const E *tj = a.t + j * n + at, *dgj = a.dg + j * n + at;
       const Out<E> out(a.tangents + j * n + at, past);
       each_piece<E>(count, [&](std::int64_t i, int some) __attribute__((always_inline)) {
-        out.put(i, some, load<T>(kept.slope + i) * take(dgj, i, some) + load<T>(kept.bend + i) * take(tj, i, some));
+        out.put(i, some,
+                load<T>(kept.slope + i) * take(dgj, i, some) + load<T>(kept.bend + i) * take(tj, i, some));
       });
     }
   }

@@ -1,5 +1,5 @@
-// Vectors of elements of a storage type, computed in its wide type: loads, stores, parts of vectors, and stores that
-// pass the caches by.
+// Vectors of elements of a storage type, computed in its wide type: loads, stores, parts of vectors, and
+// stores that pass the caches by.
 #pragma once
 
 #include "../common/jets.h"
@@ -52,8 +52,8 @@ template <typename E>
 FLATKERN_INLINE W<E> read_some(const E* p, int n, wide_t<E> fill) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(E) == 4) {
-    return reinterpret_cast<V<float>>(_mm512_mask_loadu_ps(
-        reinterpret_cast<__m512>(broadcast<float>(fill)), static_cast<__mmask16>((1u << n) - 1), p));
+    return reinterpret_cast<V<float>>(_mm512_mask_loadu_ps(reinterpret_cast<__m512>(broadcast<float>(fill)),
+                                                           static_cast<__mmask16>((1u << n) - 1), p));
   } else if constexpr (sizeof(E) == 8) {
     return reinterpret_cast<V<double>>(_mm512_mask_loadu_pd(
         reinterpret_cast<__m512d>(broadcast<double>(fill)), static_cast<__mmask8>((1u << n) - 1), p));

@@ -7,9 +7,9 @@
 
 namespace flatkern::cpu {
 
-constexpr std::int64_t kJetChunk = 512;            // entries of a primal evaluated at a time
-constexpr std::int64_t kPastCaches = 16ll << 20;   // bytes of results from which stores pass the caches by
-constexpr std::int64_t kRowPadding = 16;           // a scratch row is a multiple of this many entries
+constexpr std::int64_t kJetChunk = 512;           // entries of a primal evaluated at a time
+constexpr std::int64_t kPastCaches = 16ll << 20;  // bytes of results from which stores pass the caches by
+constexpr std::int64_t kRowPadding = 16;          // a scratch row is a multiple of this many entries
 
 // Every kernel works on [begin, end) of its chunks or rows on the calling thread. Rows need `scratch`,
 // scratch_entries(cols) values that only this thread uses.
@@ -17,8 +17,8 @@ template <typename E>
 struct JetKernels {
   void (*derivatives)(const ActivationSpec& spec, const ActivationDerivativesArgs<E>& args, std::int64_t n,
                       std::int64_t begin, std::int64_t end);
-  void (*jet)(const ActivationSpec& spec, const ActivationJetArgs<E>& args, std::int64_t n, std::int64_t begin,
-              std::int64_t end);
+  void (*jet)(const ActivationSpec& spec, const ActivationJetArgs<E>& args, std::int64_t n,
+              std::int64_t begin, std::int64_t end);
   void (*pullback)(const ActivationSpec& spec, const ActivationPullbackArgs<E>& args, std::int64_t n,
                    std::int64_t begin, std::int64_t end);
   void (*softmax)(const SoftmaxJetArgs<E>& args, std::int64_t begin, std::int64_t end, wide_t<E>* scratch);

@@ -36,7 +36,8 @@ FLATKERN_INLINE wide_t<E> normalize(const E* x, std::int64_t n, double eps, bool
     return c * c;
   });
   const T inverse = T(1) / std::sqrt(square / static_cast<T>(n) + static_cast<T>(eps));
-  each<E>(n, [&](std::int64_t i, int) __attribute__((always_inline)) { store<T>(unit + i, load<T>(unit + i) * inverse); });
+  each<E>(n, [&](std::int64_t i, int)
+                 __attribute__((always_inline)) { store<T>(unit + i, load<T>(unit + i) * inverse); });
   return inverse;
 }
 
@@ -92,10 +93,10 @@ void norm_pullback(const NormPullbackArgs<E>& a, std::int64_t begin, std::int64_
     });
     const T mean_h = a.centred ? total_h * per : T(0);
     const T along = per * total<E>(n, [&](std::int64_t i, int some) __attribute__((always_inline)) {
-      const V<T> v = only<E>(load<T>(h + i) - mean_h, some);
-      store<T>(h + i, v);
-      return v * load<T>(unit + i);
-    });
+                      const V<T> v = only<E>(load<T>(h + i) - mean_h, some);
+                      store<T>(h + i, v);
+                      return v * load<T>(unit + i);
+                    });
     each<E>(n, [&](std::int64_t i, int some) __attribute__((always_inline)) {
       emit(a.cotangent + r * n, i, some, (load<T>(h + i) - load<T>(unit + i) * along) * inverse);
     });

@@ -23,7 +23,8 @@ FLATKERN_INLINE void emit(E* out, std::int64_t i, int some, W<E> v) {
   }
 }
 
-// The sum of f over a row, in four chains so that additions do not wait for each other; f gets the place and gives vectors whose idle lanes are 0.
+// The sum of f over a row, in four chains so that additions do not wait for each other; f gets the place and
+// gives vectors whose idle lanes are 0.
 template <typename E, typename F>
 FLATKERN_INLINE wide_t<E> total(std::int64_t n, const F& f) {
   constexpr int width = lanes<E>;

@@ -1,5 +1,5 @@
-// Softmax and cross-entropy with their terms along tangents, row by row: the exponentials of a row are kept in a
-// scratch row, every tangent's row is read from memory once.
+// Softmax and cross-entropy with their terms along tangents, row by row: the exponentials of a row are kept
+// in a scratch row, every tangent's row is read from memory once.
 #pragma once
 
 #include <cmath>
@@ -99,8 +99,8 @@ void logsumexp_jet(const LogSumExpArgs<E>& a, std::int64_t begin, std::int64_t e
     if (a.excess) {  // log(1 + rest) keeps the digits of a small loss
       const T own = e[place];
       e[place] = T(0);
-      const T rest = total<E>(
-          n, [&](std::int64_t i, int) __attribute__((always_inline)) { return load<T>(e + i); });
+      const T rest =
+          total<E>(n, [&](std::int64_t i, int) __attribute__((always_inline)) { return load<T>(e + i); });
       e[place] = own;
       a.excess[r] = std::log1p(rest + (own - T(1)));  // own is 1, or NaN
     }
@@ -115,10 +115,11 @@ void logsumexp_jet(const LogSumExpArgs<E>& a, std::int64_t begin, std::int64_t e
       const E* v = a.v + at;
       const T origin = widen(v[place]);
       const T offset = per * total<E>(n, [&](std::int64_t i, int some) __attribute__((always_inline)) {
-        return load<T>(e + i) * (take(v, i, some) - origin);
-      });
+                         return load<T>(e + i) * (take(v, i, some) - origin);
+                       });
       each<E>(n, [&](std::int64_t i, int some) __attribute__((always_inline)) {
-        emit(a.product + at, i, some, load<T>(e + i) * (per * scale) * ((take(v, i, some) - origin) - offset));
+        emit(a.product + at, i, some,
+             load<T>(e + i) * (per * scale) * ((take(v, i, some) - origin) - offset));
       });
     }
   }

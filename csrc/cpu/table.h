@@ -8,9 +8,9 @@
 namespace flatkern::cpu::FLATKERN_ISA {
 
 template <typename E>
-constexpr JetKernels<E> jet_kernels = {activation_derivatives<E>, activation_jet<E>, activation_pullback<E>,
-                                       softmax_jet<E>,            logsumexp_jet<E>,  norm_jet<E>,
-                                       norm_pullback<E>};
+constexpr JetKernels<E> jet_kernels = {
+    activation_derivatives<E>, activation_jet<E>, activation_pullback<E>, softmax_jet<E>,
+    logsumexp_jet<E>,          norm_jet<E>,       norm_pullback<E>};
 
 extern const Kernels table;
 const Kernels table = {

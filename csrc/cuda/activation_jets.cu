@@ -1,5 +1,5 @@
-// Activations and their terms along tangents: a thread takes sixteen bytes of the primal, evaluates them once and
-// goes over the tangents; entry by entry where the rows are not aligned to that.
+// Activations and their terms along tangents: a thread takes sixteen bytes of the primal, evaluates them once
+// and goes over the tangents; entry by entry where the rows are not aligned to that.
 #include <cuda_runtime.h>
 
 #include "jets.h"
@@ -53,8 +53,8 @@ __device__ __forceinline__ Three<T> evaluate(const ActivationSpec& spec, T z) {
 }
 
 template <typename E, int count>
-__device__ __forceinline__ void step(const ActivationSpec& spec, const ActivationDerivativesArgs<E>& a, std::int64_t,
-                                     std::int64_t i) {
+__device__ __forceinline__ void step(const ActivationSpec& spec, const ActivationDerivativesArgs<E>& a,
+                                     std::int64_t, std::int64_t i) {
   typedef wide_t<E> T;
   T z[count];
   Three<T> f[count];
@@ -67,8 +67,8 @@ __device__ __forceinline__ void step(const ActivationSpec& spec, const Activatio
 }
 
 template <typename E, int count>
-__device__ __forceinline__ void step(const ActivationSpec& spec, const ActivationJetArgs<E>& a, std::int64_t n,
-                                     std::int64_t i) {
+__device__ __forceinline__ void step(const ActivationSpec& spec, const ActivationJetArgs<E>& a,
+                                     std::int64_t n, std::int64_t i) {
   typedef wide_t<E> T;
   T x[count], y[count];
   Three<T> f[count];
@@ -90,8 +90,8 @@ __device__ __forceinline__ void step(const ActivationSpec& spec, const Activatio
 }
 
 template <typename E, int count>
-__device__ __forceinline__ void step(const ActivationSpec& spec, const ActivationPullbackArgs<E>& a, std::int64_t n,
-                                     std::int64_t i) {
+__device__ __forceinline__ void step(const ActivationSpec& spec, const ActivationPullbackArgs<E>& a,
+                                     std::int64_t n, std::int64_t i) {
   typedef wide_t<E> T;
   T x[count], y[count];
   Three<T> f[count];
@@ -156,9 +156,9 @@ int run(const ActivationSpec& spec, const ActivationPullbackArgs<E>& a, std::int
   return launch<E>(spec, a, n, aligned({a.z, a.g, a.t, a.dg, a.cotangent, a.tangents}), stream);
 }
 
-#define FLATKERN_INSTANTIATE(E)                                                                             \
-  template int run<E>(const ActivationSpec&, const ActivationDerivativesArgs<E>&, std::int64_t, void*);     \
-  template int run<E>(const ActivationSpec&, const ActivationJetArgs<E>&, std::int64_t, void*);             \
+#define FLATKERN_INSTANTIATE(E)                                                                         \
+  template int run<E>(const ActivationSpec&, const ActivationDerivativesArgs<E>&, std::int64_t, void*); \
+  template int run<E>(const ActivationSpec&, const ActivationJetArgs<E>&, std::int64_t, void*);         \
   template int run<E>(const ActivationSpec&, const ActivationPullbackArgs<E>&, std::int64_t, void*);
 FLATKERN_INSTANTIATE(float)
 FLATKERN_INSTANTIATE(double)

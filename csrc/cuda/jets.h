@@ -1,5 +1,5 @@
-// The jets' CUDA kernels as the torch door sees them: one launch on the stream, no allocation, no synchronization; the
-// launch's error code is returned. float, double and Bf16 are instantiated.
+// The jets' CUDA kernels as the torch door sees them: one launch on the stream, no allocation, no
+// synchronization; the launch's error code is returned. float, double and Bf16 are instantiated.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
-// Softmax, cross-entropy and norms with their terms along tangents: a block a row (rows strided over the grid), sums
-// by shuffles and one word a warp of shared memory. A row is read again for every pass, from the caches where it fits;
-// four passes over a tangent's row at most.
+// Softmax, cross-entropy and norms with their terms along tangents: a block a row (rows strided over the
+// grid), sums by shuffles and one word a warp of shared memory. A row is read again for every pass, from the
+// caches where it fits; four passes over a tangent's row at most.
 #include <cuda_runtime.h>
 
 #include "jets.h"
@@ -253,10 +253,10 @@ int run(const NormPullbackArgs<E>& args, void* stream) {
   return launch(norm_pullback_rows<E>, args, stream);
 }
 
-#define FLATKERN_INSTANTIATE(E)                              \
-  template int run<E>(const SoftmaxJetArgs<E>&, void*);      \
-  template int run<E>(const LogSumExpArgs<E>&, void*);       \
-  template int run<E>(const NormJetArgs<E>&, void*);         \
+#define FLATKERN_INSTANTIATE(E)                         \
+  template int run<E>(const SoftmaxJetArgs<E>&, void*); \
+  template int run<E>(const LogSumExpArgs<E>&, void*);  \
+  template int run<E>(const NormJetArgs<E>&, void*);    \
   template int run<E>(const NormPullbackArgs<E>&, void*);
 FLATKERN_INSTANTIATE(float)
 FLATKERN_INSTANTIATE(double)

@@ -1,5 +1,5 @@
-// The CPU jets of every instruction set that this processor has, against plain loops in double: every length around
-// a vector and a chunk, ranges as threads would take them, results past the caches.
+// The CPU jets of every instruction set that this processor has, against plain loops in double: every length
+// around a vector and a chunk, ranges as threads would take them, results past the caches.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -35,21 +35,25 @@ class CpuJets : public testing::TestWithParam<std::tuple<std::string, int>> {
     if (!table()) GTEST_SKIP() << "not on this processor";
     const JetKernels<T>& jets = table()->jets(T{});
     const std::int64_t n = size(), k = 3, half = cpu::jet_chunks(n) / 2;
-    const std::vector<T> z = normals<T>(n, 1), t = normals<T>(k * n, 2), s = normals<T>(k * n, 3), g = normals<T>(n, 4);
+    const std::vector<T> z = normals<T>(n, 1), t = normals<T>(k * n, 2), s = normals<T>(k * n, 3),
+                         g = normals<T>(n, 4);
     // a margin behind every result must stay as it was
     const T mark = T(-77);
     std::vector<T> value(n + 8, mark), slope(n + 8, mark), bend(n + 8, mark);
-    std::vector<T> first(k * n + 8, mark), second(k * n + 8, mark), tangents(k * n + 8, mark), pulled(n + 8, mark);
+    std::vector<T> first(k * n + 8, mark), second(k * n + 8, mark), tangents(k * n + 8, mark),
+        pulled(n + 8, mark);
     for (int kind = 0; kind < static_cast<int>(Activation::count); ++kind) {
       const ActivationSpec spec = {static_cast<Activation>(kind), 1, 20};
       const ActivationDerivativesArgs<T> d = {z.data(), value.data(), slope.data(), bend.data()};
       jets.derivatives(spec, d, n, 0, half);
       jets.derivatives(spec, d, n, half, cpu::jet_chunks(n));
-      const ActivationJetArgs<T> j = {z.data(), t.data(), s.data(), k, pulled.data(), first.data(), second.data()};
+      const ActivationJetArgs<T> j = {z.data(),      t.data(),     s.data(),     k,
+                                      pulled.data(), first.data(), second.data()};
       jets.jet(spec, j, n, 0, half);
       jets.jet(spec, j, n, half, cpu::jet_chunks(n));
       for (std::int64_t i = 0; i < n; ++i) EXPECT_EQ(pulled[i], value[i]);
-      const ActivationPullbackArgs<T> p = {z.data(), g.data(), t.data(), s.data(), k, pulled.data(), tangents.data()};
+      const ActivationPullbackArgs<T> p = {z.data(), g.data(),      t.data(),       s.data(),
+                                           k,        pulled.data(), tangents.data()};
       jets.pullback(spec, p, n, 0, half);
       jets.pullback(spec, p, n, half, cpu::jet_chunks(n));
       for (std::int64_t i = 0; i < n; ++i) {
@@ -105,9 +109,12 @@ class CpuJets : public testing::TestWithParam<std::tuple<std::string, int>> {
     const std::vector<T> dg = normals<T>(k * all, 4), w = normals<T>(n, 5), scale = normals<T>(count, 6);
     std::vector<T> a(all), b(k * all), c(k * all), excess(count), product(k * all);
     std::vector<T> scratch(cpu::scratch_entries(n));
-    jets.softmax({count, n, k, z.data(), t.data(), false, a.data(), b.data(), c.data()}, 0, 2, scratch.data());
-    jets.softmax({count, n, k, z.data(), t.data(), false, a.data(), b.data(), c.data()}, 2, count, scratch.data());
-    const LogSumExpArgs<T> l = {count, n, k, z.data(), scale.data(), t.data(), excess.data(), nullptr, product.data()};
+    jets.softmax({count, n, k, z.data(), t.data(), false, a.data(), b.data(), c.data()}, 0, 2,
+                 scratch.data());
+    jets.softmax({count, n, k, z.data(), t.data(), false, a.data(), b.data(), c.data()}, 2, count,
+                 scratch.data());
+    const LogSumExpArgs<T> l = {count,         n, k, z.data(), scale.data(), t.data(), excess.data(), nullptr,
+                                product.data()};
     jets.logsumexp(l, 0, count, scratch.data());
     for (std::int64_t r = 0; r < count; ++r) {
       double sum = 0, top = -1e30;
@@ -117,7 +124,8 @@ class CpuJets : public testing::TestWithParam<std::tuple<std::string, int>> {
       for (std::int64_t j = 0; j < k; ++j) {
         const std::int64_t at = (j * count + r) * n;
         double mean = 0, variance = 0;
-        for (std::int64_t i = 0; i < n; ++i) mean += std::exp(static_cast<double>(z[r * n + i])) / sum * t[at + i];
+        for (std::int64_t i = 0; i < n; ++i)
+          mean += std::exp(static_cast<double>(z[r * n + i])) / sum * t[at + i];
         for (std::int64_t i = 0; i < n; ++i) {
           variance += std::exp(static_cast<double>(z[r * n + i])) / sum * std::pow(t[at + i] - mean, 2);
         }
@@ -138,8 +146,8 @@ class CpuJets : public testing::TestWithParam<std::tuple<std::string, int>> {
       const NormPullbackArgs<T> p = {count,       n,        k,   z.data(), g.data(),    t.data(),
                                      zero.data(), w.data(), 0.5, centred,  back.data(), turned.data()};
       jets.norm_pullback(p, 0, count, scratch.data());
-      const NormJetArgs<T> j = {count, n,   k,       z.data(), t.data(), w.data(), nullptr,
-                                0.5,   centred, a.data(), b.data(), c.data()};
+      const NormJetArgs<T> j = {count,   n,   k,       z.data(), t.data(), w.data(),
+                                nullptr, 0.5, centred, a.data(), b.data(), c.data()};
       jets.norm(j, 0, count, scratch.data());
       for (std::int64_t r = 0; r < count; ++r) {
         double one = 0, other = 0, forward = 0, backward = 0, bent = 0, twice = 0;

@@ -1,5 +1,5 @@
-// Tests of the activations that the CPU and the GPU share (csrc/common/activation_math.h), as single numbers and as
-// vectors, against formulas in long double: 0 on success.
+// Tests of the activations that the CPU and the GPU share (csrc/common/activation_math.h), as single numbers
+// and as vectors, against formulas in long double: 0 on success.
 #include <cmath>
 #include <cstdio>
 #include <limits>
@@ -107,10 +107,12 @@ void activations() {
       const Three<L> right = exact(spec, z);
       const Three<T> got = any(spec, z);
       const Three<V> lanes = any(spec, V{} + z);
-      const L size = std::fabs(z), slack = spec.kind == Activation::gelu_tanh ? 1 + size * size * size : 1 + size * size;
+      const L size = std::fabs(z),
+              slack = spec.kind == Activation::gelu_tanh ? 1 + size * size * size : 1 + size * size;
       const L scale = std::fabs(right.slope) + std::fabs(right.bend) + static_cast<L>(1e-30);
-      const L errors[] = {std::fabs(got.value - right.value) / (std::fabs(right.value) + static_cast<L>(1e-30)),
-                          std::fabs(got.slope - right.slope) / scale, std::fabs(got.bend - right.bend) / scale};
+      const L errors[] = {
+          std::fabs(got.value - right.value) / (std::fabs(right.value) + static_cast<L>(1e-30)),
+          std::fabs(got.slope - right.slope) / scale, std::fabs(got.bend - right.bend) / scale};
       for (const L e : errors) worst = e / slack > worst ? e / slack : worst;
       for (unsigned l = 0; l < sizeof(V) / sizeof(T); ++l) {
         EXPECT(std::fabs(lanes.value[l] - got.value) <= 2 * eps * std::fabs(got.value));
@@ -136,11 +138,13 @@ void exponentials() {
     const T x = static_cast<T>(-i * (sizeof(T) == 8 ? 0.088 : 0.0108));
     const flatkern::Exponential<T> e = flatkern::exponential(x);
     EXPECT(std::fabs(e.exp - std::exp(static_cast<L>(x))) <= 1.5 * eps * std::exp(static_cast<L>(x)));
-    EXPECT(std::fabs(e.expm1 - std::expm1(static_cast<L>(x))) <= 1.5 * eps * std::fabs(std::expm1(static_cast<L>(x))));
+    EXPECT(std::fabs(e.expm1 - std::expm1(static_cast<L>(x))) <=
+           1.5 * eps * std::fabs(std::expm1(static_cast<L>(x))));
   }
   for (int i = 0; i <= 1000; ++i) {
     const T e = static_cast<T>(std::pow(10.0, -0.03 * i));
-    EXPECT(std::fabs(flatkern::log_one_plus(e) - std::log1p(static_cast<L>(e))) <= 2 * eps * std::log1p(static_cast<L>(e)));
+    EXPECT(std::fabs(flatkern::log_one_plus(e) - std::log1p(static_cast<L>(e))) <=
+           2 * eps * std::log1p(static_cast<L>(e)));
   }
   EXPECT(flatkern::weight_of(-std::numeric_limits<T>::infinity()) == 0 && flatkern::weight_of(T(0)) == 1);
 }

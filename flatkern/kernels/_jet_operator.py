@@ -125,9 +125,7 @@ class _Jet(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, _name: None, _setting: None, *tangents: Any) -> Any:
         saved, given = list(ctx.saved_tensors), list(tangents)
-        nested = any(
-            t is not None and torch._C._functorch.is_gradtrackingtensor(t) for t in (*saved, *given)
-        )
+        nested = any(t is not None and torch._C._functorch.is_gradtrackingtensor(t) for t in (*saved, *given))
         # torch switches forward mode off while a jvp runs, for enclosing levels as well: see forward_rule
         with forward_ad._set_fwd_grad_enabled(nested):
             if nested:

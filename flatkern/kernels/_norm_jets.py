@@ -148,7 +148,15 @@ def _jet(
 
 
 def _pullback(
-    name: str, x: Tensor, g: Tensor, t: Tensor, dg: Tensor, weight: Tensor | None, eps: float, *, centred: bool
+    name: str,
+    x: Tensor,
+    g: Tensor,
+    t: Tensor,
+    dg: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    *,
+    centred: bool,
 ) -> tuple[Tensor, ...]:
     _check(name, x, t, weight, None, eps)
     check_like(name, "g", g, tuple(x.shape), x)

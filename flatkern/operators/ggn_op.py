@@ -82,7 +82,9 @@ def _loss_product(point: Tensor, target: Tensor, loss: Loss) -> OutputProduct:
     """The output Hessian of the numerator over the number of samples."""
     closed_form = loss.product
     if closed_form is not None:
-        return lambda change: closed_form(point, target, change).div_(len(point))  # closed forms give new tensors
+        return lambda change: closed_form(point, target, change).div_(
+            len(point)
+        )  # closed forms give new tensors
     found = output_gradient(point, target, loss, create_graph=True)
     if found is None:
         return lambda change: None

@@ -172,7 +172,11 @@ def test_gradcheck(which, name):
             check_batched_forward_grad=True, fast_mode=True,
         )  # fmt: skip
         assert gradgradcheck(
-            lambda x: weighted(own(name, x)), x, check_fwd_over_rev=True, check_rev_over_rev=True, fast_mode=True
+            lambda x: weighted(own(name, x)),
+            x,
+            check_fwd_over_rev=True,
+            check_rev_over_rev=True,
+            fast_mode=True,
         )
 
 
@@ -182,7 +186,9 @@ def test_gradcheck_of_every_kind(which, kind):
     z = torch.tensor([-2.1, -0.3, 0.4, 1.7], dtype=torch.float64, requires_grad=True)
     t = torch.tensor([[0.5, -1.0, 2.0, 1.0]], dtype=torch.float64, requires_grad=True)
     with using(which):
-        assert gradcheck(lambda z, t: tuple(kernels.activation_jet(z, t, kind)), (z, t), check_forward_ad=True)
+        assert gradcheck(
+            lambda z, t: tuple(kernels.activation_jet(z, t, kind)), (z, t), check_forward_ad=True
+        )
 
 
 @both

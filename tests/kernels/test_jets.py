@@ -18,7 +18,9 @@ from flatkern.kernels._select import using
 from .helpers import both, dtypes
 
 kinds = pytest.mark.parametrize("kind", KINDS)
-ALL = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=["f32", "f64", "bf16"])
+ALL = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16], ids=["f32", "f64", "bf16"]
+)
 TORCH = {
     "relu": torch.relu,
     "gelu": F.gelu,
@@ -254,9 +256,7 @@ def test_cross_entropy_jet(which, dtype, smoothing, weighted, shape):
     exact = z.double()
     loss, pull = vjp(f, exact)
     gradient = pull(torch.ones_like(loss))[0]
-    product = torch.stack(
-        [jvp(torch.func.grad(lambda x: f(x).sum()), (exact,), (d.double(),))[1] for d in t]
-    )
+    product = torch.stack([jvp(torch.func.grad(lambda x: f(x).sum()), (exact,), (d.double(),))[1] for d in t])
     factor = 40 if dtype != torch.bfloat16 else 2
     assert got.loss.dtype == wide
     torch.testing.assert_close(got.loss.double(), loss, rtol=1e-6, atol=1e-6)
@@ -302,7 +302,9 @@ def test_nothing_cancels_where_one_class_has_all(which, dtype):
     expected = p * (shifted - (p * shifted).sum())
     torch.testing.assert_close(jet.product[0, 0].double(), expected, rtol=2e-6, atol=0)
     if which == "compiled":
-        torch.testing.assert_close(jet.loss.double(), torch.tensor([math.log1p(math.fsum(e[1:]))]).double(), rtol=2e-6, atol=0)
+        torch.testing.assert_close(
+            jet.loss.double(), torch.tensor([math.log1p(math.fsum(e[1:]))]).double(), rtol=2e-6, atol=0
+        )
 
 
 @both
@@ -349,7 +351,11 @@ def test_norms(which, dtype, name, shape, affine):
     for mine, expected in zip(jet, second_order(f, x, t), strict=True):
         assert mine.dtype == dtype
         close(mine, expected, factor)
-    known = F.layer_norm(x.double(), (d,), *wide, eps) if name == "layer_norm" else F.rms_norm(x.double(), (d,), wide[0], eps)
+    known = (
+        F.layer_norm(x.double(), (d,), *wide, eps)
+        if name == "layer_norm"
+        else F.rms_norm(x.double(), (d,), wide[0], eps)
+    )
     close(jet.value, known, factor)
 
     def back(x, g):
@@ -376,7 +382,10 @@ def test_results_into_given_memory(which, dtype):
     t, s, dg = torch.randn(3, 2, 100, dtype=dtype)
     with using(which):
         for call, expected in (
-            (lambda out: kernels.activation_derivatives(z, "elu", out=out), kernels.activation_derivatives(z, "elu")),
+            (
+                lambda out: kernels.activation_derivatives(z, "elu", out=out),
+                kernels.activation_derivatives(z, "elu"),
+            ),
             (
                 lambda out: kernels.activation_jet(z, t, "elu", s=s, out=out),
                 kernels.activation_jet(z, t, "elu", s=s),
@@ -399,7 +408,7 @@ def test_results_into_given_memory(which, dtype):
 
 def test_refusals():
     z, t = torch.randn(4, 3), torch.randn(2, 4, 3)
-    with pytest.raises(TypeError, match="float16.*supported are"):
+    with pytest.raises(TypeError, match=r"float16.*supported are"):
         kernels.activation_derivatives(z.half(), "relu")
     with pytest.raises(TypeError, match=r"torch\.Tensor"):
         kernels.activation_derivatives([1.0], "relu")

@@ -40,7 +40,8 @@ def test_same_results_as_over_tensors(arrays, dtype):
         check(native.activation_pullback(z, g, t, dg, kind), kernels.activation_pullback(*tensors, kind))
     check(native.activation_jet(z, t, "tanh"), kernels.activation_jet(zt, tt, "tanh"))
     check(
-        native.activation_derivatives(z, "elu", alpha=0.3), kernels.activation_derivatives(zt, "elu", alpha=0.3)
+        native.activation_derivatives(z, "elu", alpha=0.3),
+        kernels.activation_derivatives(zt, "elu", alpha=0.3),
     )
     for log in (False, True):
         check(native.softmax_jet(z, t, log=log), kernels.softmax_jet(zt, tt, log=log))
