@@ -1,9 +1,9 @@
 """Activations, softmax, cross-entropy and norms with second-order terms: against eager PyTorch, Inductor and a copy.
 
 ``python -m benchmarks.bench_jets`` writes benchmarks/results/jets.json: one thread, the smallest CPU time over rounds
-in which all sides take turns in one process. The other sides compute the same three results from the shortest formulas in
-PyTorch, called directly and through ``torch.compile``. *copy*: ``y.copy_(x)`` of as many bytes as are read and written
-here; no kernel that reads and writes memory once can be much faster where the data do not fit into the caches.
+in which all sides take turns in one process. The other sides compute the same three results from the shortest formulas
+in PyTorch, called directly and through ``torch.compile``. *copy*: ``y.copy_(x)`` of as many bytes as are read and
+written here; no kernel that reads and writes memory once can be much faster where the data do not fit into the caches.
 """
 
 from __future__ import annotations
