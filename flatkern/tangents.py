@@ -143,11 +143,11 @@ def _activation(op: Op) -> dict[str, Any] | None:
         form = op.kwargs.get("approximate", rest[0] if rest else "none")
         return {"kind": "gelu" if form == "none" else "gelu_tanh"}
     if name == "softplus":
-        beta, threshold = (*rest, *(1, 20)[len(rest) :])
-        return {"kind": name, "beta": beta, "threshold": threshold}
+        beta, threshold = list(rest) + [1, 20][len(rest) :]
+        return {"kind": name, "beta": beta, "threshold": threshold} if beta > 0 else None
     if name == "elu":
-        alpha, *scales = (*rest, *(1, 1, 1)[len(rest) :])
-        return {"kind": name, "alpha": alpha} if scales == [1, 1] else None
+        alpha, scale, input_scale = list(rest) + [1, 1, 1][len(rest) :]
+        return {"kind": name, "alpha": alpha} if scale == input_scale == 1 else None
     return {"kind": name} if name in ("relu", "silu", "tanh", "sigmoid") else None
 
 
@@ -156,6 +156,7 @@ class Elementwise(Rule):
 
     def __init__(self, op: Op, active: frozenset[int]) -> None:
         super().__init__(op, active)
+        self.bend: Tensor | None
         activation = _activation(op)
         if activation is not None:
             _, self.slope, bend = kernels.activation_derivatives(op.args[0].tensor, **activation)
@@ -175,7 +176,7 @@ class Elementwise(Rule):
             if slope.requires_grad and op.name != "hardsigmoid":  # which torch cannot differentiate twice
                 (bend,) = torch.autograd.grad(slope.sum(), z, allow_unused=True)
         self.slope = slope.detach()
-        self.bend: Tensor | None = bend if bend is not None and bool((bend != 0).any()) else None
+        self.bend = bend if bend is not None and bool((bend != 0).any()) else None
 
     def push(self, tangents: Tangents) -> Tensor:
         """See :class:`Rule`."""

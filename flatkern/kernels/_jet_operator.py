@@ -118,7 +118,7 @@ class _Jet(torch.autograd.Function):
         saved = ctx.saved_tensors
         which = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
         function, inputs = _moving(ctx, saved, which)
-        _, pull = vjp(function, *inputs)
+        pull: Callable[..., Any] = vjp(function, *inputs)[1]
         found = dict(zip(which, pull(tuple(grads)), strict=True))
         return None, None, *(found.get(i) for i in range(len(saved)))
 
@@ -133,8 +133,10 @@ class _Jet(torch.autograd.Function):
             which = [i for i, t in enumerate(given) if t is not None]
             function, inputs = _moving(ctx, saved, which)
             # J ṫ as the derivative of the linear map w ↦ Jᵀ w, which every mode allows
-            outputs, pull = vjp(function, *inputs)
-            _, push = vjp(pull, tuple(torch.zeros_like(o) for o in outputs))
+            outputs: tuple[Tensor, ...]
+            pull: Callable[..., Any]
+            outputs, pull = vjp(function, *inputs)[:2]
+            push: Callable[..., Any] = vjp(pull, tuple(torch.zeros_like(o) for o in outputs))[1]
             (result,) = push(tuple(given[i] for i in which))
             return result
 
