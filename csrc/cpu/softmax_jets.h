@@ -47,8 +47,17 @@ FLATKERN_INLINE wide_t<E> exponentials(const E* row, std::int64_t n, wide_t<E> t
   });
   if (place) {
     *place = 0;
-    for (int l = 0; l < lanes<E>; ++l) {
-      if (at[l] >= 0 && at[l] + l < n) *place = at[l] + l;
+    if (n <= 4 * lanes<E>) {  // going over the lanes would take longer
+      for (std::int64_t i = 0; i < n; ++i) {
+        if (e[i] == T(1)) {
+          *place = i;
+          break;
+        }
+      }
+    } else {
+      for (int l = 0; l < lanes<E>; ++l) {
+        if (at[l] >= 0 && at[l] + l < n) *place = at[l] + l;
+      }
     }
   }
   return sum;

@@ -131,7 +131,7 @@ def test_first_transforms(which, name, transform, x):
 
 @both
 @NAMES
-@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize("dim", [0, 2])
 def test_vmap(which, name, dim, x):
     many = torch.stack([x, 2 * x, x - 1, x * x])
     moved = many.movedim(0, dim)
@@ -213,7 +213,10 @@ def test_gradients_have_the_dtype_of_the_input(which, dtype):
 
 
 @both
-@NAMES
+@pytest.mark.parametrize(
+    "name",
+    [n if n in ("jet", "cross_entropy") else pytest.param(n, marks=pytest.mark.slow) for n in ALL],
+)
 def test_compile_full_graph(which, name, x):
     torch.compiler.reset()
     with using(which):
@@ -222,6 +225,7 @@ def test_compile_full_graph(which, name, x):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow
 @both
 @FEW
 @pytest.mark.parametrize("transform", ["grad", "jvp"])
@@ -233,6 +237,7 @@ def test_compile_of_transforms(which, name, transform, x):
     torch.testing.assert_close(got, TRANSFORMS[transform](lambda x: weighted(plain(name, x)))(x))
 
 
+@pytest.mark.slow
 @both
 @FEW
 def test_compile_with_backward(which, name, x):
