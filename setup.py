@@ -31,9 +31,9 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 TARGET_VERSION = "0x020b000000000000"  # the stable ABI of torch 2.11
 ISA_FLAGS = {
-    "isa_baseline": "",
-    "isa_avx2": "-mavx2 -mfma",
-    "isa_avx512": "-mavx2 -mfma -mavx512f -mavx512dq -mavx512vl -mavx512bw -mprefer-vector-width=512",
+    "baseline": "",
+    "avx2": "-mavx2 -mfma",
+    "avx512": "-mavx2 -mfma -mavx512f -mavx512dq -mavx512vl -mavx512bw -mprefer-vector-width=512",
 }
 
 
@@ -151,9 +151,15 @@ class Plan:
 
         kernels: list[str] = []
         for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
-            if not x86 and source.stem in ("isa_avx2", "isa_avx512"):
+            isa = source.stem.rpartition("_")[2]
+            if not x86 and isa in ("avx2", "avx512"):
                 continue
-            kernels.append(self.compile(lines, build, source, ISA_FLAGS.get(source.stem, "") + x86_flag))
+            flags = ISA_FLAGS.get(isa, "") + (
+                " -ffp-contract=off -fno-math-errno -fno-trapping-math"
+                if source.stem.startswith("probes")
+                else ""
+            )
+            kernels.append(self.compile(lines, build, source, flags + x86_flag))
         cuda = [
             self.compile(lines, build, s, "", rule="nvcc")
             for s in sorted((ROOT / "csrc" / "cuda").glob("*.cu") if self.nvcc else ())

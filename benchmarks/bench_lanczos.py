@@ -1,7 +1,7 @@
 """What Lanczos costs beside the products, and eigenpairs to a true residual against other packages.
 
 Run: ``python -m benchmarks.bench_lanczos`` writes ``results/lanczos.json``. Peers (PyHessian, hessian-eigenthings)
-are used where they can be imported, e.g. with ``PYTHONPATH=/path/to/them``. CPU time of this process, one thread.
+are used where they are installed (``make peers``). CPU time of this process, one thread.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Spectral density of a Hessian: 8 probes of 40 Lanczos steps against hessian-eigenthings, time and accuracy.
 
-Run: ``PYTHONPATH=.:/tmp/peers-site python -m benchmarks.bench_slq`` with hessian-eigenthings at the given place.
+Run: ``make peers; python -m benchmarks.bench_slq``.
 
 Accuracy: the 1-Wasserstein distance of the probes' mean distribution from a reference, that of 2 other probes with
 100 steps in float64 and the whole basis kept; and the L1 distance of the densities broadened with σ = 2 % of the

@@ -111,6 +111,34 @@ CASES = {
 }
 
 
+def probes(result: dict[str, Any]) -> str:
+    """Random probes and the step of Lanczos against torch."""
+    rows = [
+        [
+            r["operation"],
+            r["dtype"],
+            f"{r['flatkern_ms']:.2f}",
+            f"{r['torch_ms']:.2f}",
+            f"**{r['ratio']:.1f}**",
+            f"{r['over_bound']:.1f} × {r['bound']}",
+        ]
+        for r in result["rows"]
+    ]
+    header = [
+        "operation",
+        "dtype",
+        "flatkern, ms",
+        "torch, ms",
+        "torch / flatkern",
+        "flatkern against the bound",
+    ]
+    return (
+        "## Probes and the Lanczos step\n\nEight vectors of the size of the MLP 784-512-512-10, one thread. The "
+        "bound is what moving the same bytes takes.\n\n"
+        f"`python -m benchmarks.bench_probes`\n\n{_table(header, rows)}\n{_settings(result)}"
+    )
+
+
 def operators(result: dict[str, Any]) -> str:
     """Hessian-vector products beside raw torch and other packages."""
     header = ["model", "n", "way", "ms", "gradients", "way / flatkern", "way / floor", "difference"]
@@ -353,6 +381,7 @@ SECTIONS = {
     "ggn_spectrum": ggn_spectrum,
     "kernels": kernels,
     "jets": jets,
+    "probes": probes,
     "attention": attention,
 }
 

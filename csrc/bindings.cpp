@@ -10,6 +10,7 @@
 
 #include "cpu/kernels.h"
 #include "threads.h"
+#include "cpu/probe_rows.h"
 
 #ifndef FLATKERN_BUILD_FLAGS
 #define FLATKERN_BUILD_FLAGS ""
@@ -102,6 +103,64 @@ py::object gram_stats(const py::array& x, int threads) {
   });
 }
 
+// -- random rows and the step of Lanczos; arrays come C-contiguous from flatkern/native.py
+auto on_threads(int threads) {
+  return [threads](std::int64_t n, std::int64_t grain, const auto& f) { spread(n, grain, threads, f); };
+}
+
+template <typename T>
+const T* contiguous(const py::array& x, py::ssize_t dims) {
+  if (x.ndim() != dims || !(x.flags() & py::array::c_style)) throw py::value_error("expected C order");
+  return static_cast<const T*>(x.data());
+}
+
+// `like`: an array of the dtype that is wanted
+template <bool normals>
+py::object random_rows(const py::array& like, std::uint64_t seed, std::uint64_t first, py::ssize_t rows,
+                       py::ssize_t size, int threads) {
+  return dispatch(like, [&](auto zero) -> py::object {
+    using T = decltype(zero);
+    const auto& table = kernels().probes->of(zero);
+    py::array_t<T> out({rows, size});
+    flatkern::cpu::random_rows(normals ? table.normal : table.rademacher, seed, first, rows, size,
+                               out.mutable_data(), on_threads(threads));
+    return out;
+  });
+}
+
+py::object rademacher_dot(const py::array& x, std::uint64_t seed, std::uint64_t first, int threads) {
+  return dispatch(x, [&](auto zero) -> py::object {
+    using T = decltype(zero);
+    const T* from = contiguous<T>(x, 3);
+    py::array_t<double> out({x.shape(0), x.shape(1)});
+    flatkern::cpu::rademacher_dots(seed, first, x.shape(0), x.shape(1), x.shape(2), from, out.mutable_data(),
+                                   on_threads(threads));
+    return out;
+  });
+}
+
+py::object lanczos_step(const py::array& image, const py::array& current, const py::array& previous,
+                        const py::array_t<double>& beta, int threads) {
+  return dispatch(image, [&](auto zero) -> py::object {
+    using T = decltype(zero);
+    const py::ssize_t rows = image.ndim() == 2 ? image.shape(0) : 0, size = rows ? image.shape(1) : 0;
+    const auto from = [&](const py::array& x) {
+      const T* data = contiguous<T>(x, 2);
+      if (!py::isinstance<py::array_t<T>>(x) || x.shape(0) != rows || x.shape(1) != size) {
+        throw py::value_error("the arrays must have one shape and dtype");
+      }
+      return flatkern::cpu::Rows<const T>{data, size};
+    };
+    if (beta.size() != rows) throw py::value_error("beta must have one entry a row");
+    py::array_t<T> residual({rows, size});
+    py::array_t<double> alpha(rows), norm(rows);
+    flatkern::cpu::lanczos_step<T>(rows, size, from(image), from(current), from(previous),
+                                   contiguous<double>(beta, 1), {residual.mutable_data(), size},
+                                   alpha.mutable_data(), norm.mutable_data(), on_threads(threads));
+    return py::make_tuple(residual, alpha, norm);
+  });
+}
+
 py::dict build_info() {
   std::vector<std::string> available;
   for (const char* isa : {"baseline", "avx2", "avx512"}) {
@@ -130,6 +189,15 @@ PYBIND11_MODULE(_native, m) {
   m.def("spd_logdet", &spd_logdet, py::arg("g"), py::arg("threads") = 1);
   m.def("gram", &gram, py::arg("x"), py::arg("threads") = 1);
   m.def("gram_stats", &gram_stats, py::arg("x"), py::arg("threads") = 1);
+  for (const bool normals : {false, true}) {
+    m.def(normals ? "normal" : "rademacher", normals ? &random_rows<true> : &random_rows<false>,
+          py::arg("like"), py::arg("seed"), py::arg("first"), py::arg("rows"), py::arg("size"),
+          py::arg("threads") = 1);
+  }
+  m.def("rademacher_dot", &rademacher_dot, py::arg("x"), py::arg("seed"), py::arg("first"),
+        py::arg("threads") = 1);
+  m.def("lanczos_step", &lanczos_step, py::arg("image"), py::arg("current"), py::arg("previous"),
+        py::arg("beta"), py::arg("threads") = 1);
   m.def("build_info", &build_info);
   bind_jets(m);
 }

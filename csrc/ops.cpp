@@ -6,10 +6,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <functional>
 #include <tuple>
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/probe_rows.h"
 #ifdef FLATKERN_CUDA
 #include "cuda/kernels.h"
 // On a torch without CUDA this symbol is absent; weak, it lets the very same library load there.
@@ -150,6 +152,80 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gram_stats(Tensor x) {
   return out.tuple();
 }
 
+// -- random rows and the step of Lanczos ----------------------------------------------------------------
+void over_threads(std::int64_t n, std::int64_t grain,
+                  const std::function<void(std::int64_t, std::int64_t)>& f) {
+  if (n > 0) torch::stable::parallel_for(0, n, grain, f);
+}
+
+Tensor rademacher(Tensor like, std::int64_t seed, std::int64_t first, std::int64_t rows, std::int64_t size) {
+  Tensor out = empty(like, {rows, size}, like.scalar_type());
+  dispatch(like, [&](auto zero) {
+    using T = decltype(zero);
+    flatkern::cpu::random_rows(kernels().probes->of(zero).rademacher, seed, first, rows, size,
+                               static_cast<T*>(out.mutable_data_ptr()), over_threads);
+  });
+  return out;
+}
+
+Tensor normal(Tensor like, std::int64_t seed, std::int64_t first, std::int64_t rows, std::int64_t size) {
+  Tensor out = empty(like, {rows, size}, like.scalar_type());
+  dispatch(like, [&](auto zero) {
+    using T = decltype(zero);
+    flatkern::cpu::random_rows(kernels().probes->of(zero).normal, seed, first, rows, size,
+                               static_cast<T*>(out.mutable_data_ptr()), over_threads);
+  });
+  return out;
+}
+
+void check_contiguous_dots(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 3 && x.is_contiguous(), "flatkern: expected contiguous rows [batch, k, size]");
+}
+
+Tensor rademacher_dot(Tensor x, std::int64_t seed, std::int64_t first) {
+  check_contiguous_dots(x);
+  Tensor out = empty(x, {x.size(0), x.size(1)}, ScalarType::Double);
+  dispatch(x, [&](auto zero) {
+    using T = decltype(zero);
+    flatkern::cpu::rademacher_dots<T>(seed, first, x.size(0), x.size(1), x.size(2),
+                                      static_cast<const T*>(x.const_data_ptr()),
+                                      static_cast<double*>(out.mutable_data_ptr()), over_threads);
+  });
+  return out;
+}
+
+// Unit strides inside rows, one shape and dtype, and beta as doubles.
+void check_step(const Tensor& image, const Tensor& current, const Tensor& previous, const Tensor& beta,
+                const Tensor& residual) {
+  for (const Tensor& t : {image, current, previous, residual}) {
+    STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == image.size(0) && t.size(1) == image.size(1) &&
+                        t.scalar_type() == image.scalar_type() && (t.stride(1) == 1 || t.size(1) <= 1),
+                    "flatkern: expected rows [k, size] of one dtype with unit strides");
+  }
+  STD_TORCH_CHECK(beta.dim() == 1 && beta.size(0) == image.size(0) && beta.is_contiguous() &&
+                      beta.scalar_type() == ScalarType::Double,
+                  "flatkern: expected beta [k] in float64");
+}
+
+std::tuple<Tensor, Tensor> lanczos_step(Tensor image, Tensor current, Tensor previous, Tensor beta,
+                                        Tensor residual) {
+  check_step(image, current, previous, beta, residual);
+  Tensor alpha = empty(image, {image.size(0)}, ScalarType::Double);
+  Tensor norm = empty(image, {image.size(0)}, ScalarType::Double);
+  dispatch(image, [&](auto zero) {
+    using T = decltype(zero);
+    const auto rows = [](const Tensor& t) {
+      return flatkern::cpu::Rows<const T>{static_cast<const T*>(t.const_data_ptr()), t.stride(0)};
+    };
+    flatkern::cpu::lanczos_step<T>(image.size(0), image.size(1), rows(image), rows(current), rows(previous),
+                                   static_cast<const double*>(beta.const_data_ptr()),
+                                   {static_cast<T*>(residual.mutable_data_ptr()), residual.stride(0)},
+                                   static_cast<double*>(alpha.mutable_data_ptr()),
+                                   static_cast<double*>(norm.mutable_data_ptr()), over_threads);
+  });
+  return {alpha, norm};
+}
+
 }  // namespace cpu
 
 #ifdef FLATKERN_CUDA
@@ -201,6 +277,66 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gram_stats(Tensor x) {
   return out.tuple();
 }
 
+Tensor rademacher(Tensor like, std::int64_t seed, std::int64_t first, std::int64_t rows, std::int64_t size) {
+  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  Tensor out = empty(like, {rows, size}, like.scalar_type());
+  dispatch(like, [&](auto zero) {
+    using T = decltype(zero);
+    check(flatkern::cuda::rademacher<T>(seed, first, rows, size, static_cast<T*>(out.mutable_data_ptr()),
+                                        current_stream(like)));
+  });
+  return out;
+}
+
+Tensor normal(Tensor like, std::int64_t seed, std::int64_t first, std::int64_t rows, std::int64_t size) {
+  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  Tensor out = empty(like, {rows, size}, like.scalar_type());
+  dispatch(like, [&](auto zero) {
+    using T = decltype(zero);
+    check(flatkern::cuda::normal<T>(seed, first, rows, size, static_cast<T*>(out.mutable_data_ptr()),
+                                    current_stream(like)));
+  });
+  return out;
+}
+
+Tensor rademacher_dot(Tensor x, std::int64_t seed, std::int64_t first) {
+  cpu::check_contiguous_dots(x);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const std::int64_t lines = x.size(0) * x.size(1);
+  Tensor out = empty(x, {x.size(0), x.size(1)}, ScalarType::Double);
+  Tensor partial = empty(x, {lines, flatkern::cuda::probe_blocks(x.size(2))}, ScalarType::Double);
+  dispatch(x, [&](auto zero) {
+    using T = decltype(zero);
+    check(flatkern::cuda::rademacher_dots<T>(
+        seed, first, x.size(0), x.size(1), x.size(2), static_cast<const T*>(x.const_data_ptr()),
+        static_cast<double*>(partial.mutable_data_ptr()), static_cast<double*>(out.mutable_data_ptr()),
+        current_stream(x)));
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> lanczos_step(Tensor image, Tensor current, Tensor previous, Tensor beta,
+                                        Tensor residual) {
+  cpu::check_step(image, current, previous, beta, residual);
+  const torch::stable::accelerator::DeviceGuard guard(image.get_device_index());
+  const std::int64_t k = image.size(0), size = image.size(1);
+  Tensor alpha = empty(image, {k}, ScalarType::Double), norm = empty(image, {k}, ScalarType::Double);
+  Tensor partial = empty(image, {k, flatkern::cuda::lanczos_blocks(size)}, ScalarType::Double);
+  dispatch(image, [&](auto zero) {
+    using T = decltype(zero);
+    const auto rows = [](const Tensor& t) {
+      return flatkern::cuda::Strided<const T>{static_cast<const T*>(t.const_data_ptr()), t.stride(0)};
+    };
+    check(flatkern::cuda::lanczos_step<T>(
+        k, size, rows(image), rows(current), rows(previous),
+        static_cast<const double*>(beta.const_data_ptr()),
+        {static_cast<T*>(residual.mutable_data_ptr()), residual.stride(0)},
+        static_cast<double*>(partial.mutable_data_ptr()), static_cast<double*>(alpha.mutable_data_ptr()),
+        static_cast<double*>(norm.mutable_data_ptr()), current_stream(image)));
+  });
+  return {alpha, norm};
+}
+
 }  // namespace cuda
 #endif
 
@@ -211,6 +347,12 @@ STABLE_TORCH_LIBRARY(flatkern, m) {
   m.def("spd_inverse(Tensor g) -> Tensor");
   m.def("gram(Tensor x) -> Tensor");
   m.def("gram_stats(Tensor x) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("rademacher(Tensor like, int seed, int first, int rows, int size) -> Tensor");
+  m.def("normal(Tensor like, int seed, int first, int rows, int size) -> Tensor");
+  m.def("rademacher_dot(Tensor x, int seed, int first) -> Tensor");
+  m.def(
+      "lanczos_step(Tensor image, Tensor current, Tensor previous, Tensor beta, Tensor(a!) residual) -> "
+      "(Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flatkern, CPU, m) {
@@ -218,6 +360,10 @@ STABLE_TORCH_LIBRARY_IMPL(flatkern, CPU, m) {
   m.impl("spd_inverse", TORCH_BOX(&cpu::spd_inverse));
   m.impl("gram", TORCH_BOX(&cpu::gram));
   m.impl("gram_stats", TORCH_BOX(&cpu::gram_stats));
+  m.impl("rademacher", TORCH_BOX(&cpu::rademacher));
+  m.impl("normal", TORCH_BOX(&cpu::normal));
+  m.impl("rademacher_dot", TORCH_BOX(&cpu::rademacher_dot));
+  m.impl("lanczos_step", TORCH_BOX(&cpu::lanczos_step));
 }
 
 #ifdef FLATKERN_CUDA
@@ -225,5 +371,9 @@ STABLE_TORCH_LIBRARY_IMPL(flatkern, CUDA, m) {
   m.impl("spd_logdet", TORCH_BOX(&cuda::spd_logdet));
   m.impl("gram", TORCH_BOX(&cuda::gram));
   m.impl("gram_stats", TORCH_BOX(&cuda::gram_stats));
+  m.impl("rademacher", TORCH_BOX(&cuda::rademacher));
+  m.impl("normal", TORCH_BOX(&cuda::normal));
+  m.impl("rademacher_dot", TORCH_BOX(&cuda::rademacher_dot));
+  m.impl("lanczos_step", TORCH_BOX(&cuda::lanczos_step));
 }
 #endif

@@ -35,6 +35,29 @@ struct TypedKernels {
   GramStats<T> gram_stats;
 };
 
+// Ranges [begin, end) of one row of random numbers, and ranges of n elements; see probes.h.
+template <typename T>
+struct TypedProbeKernels {
+  void (*rademacher)(std::uint64_t seed, std::uint64_t row, std::int64_t begin, std::int64_t end, T* out);
+  double (*rademacher_dot)(std::uint64_t seed, std::uint64_t row, std::int64_t begin, std::int64_t end,
+                           const T* x);
+  void (*normal)(std::uint64_t seed, std::uint64_t row, std::int64_t begin, std::int64_t end, T* out);
+  double (*dot)(std::int64_t n, const T* x, const T* y);
+  double (*three_term)(std::int64_t n, const T* image, const T* current, const T* previous, double alpha,
+                       double beta, T* residual);
+};
+
+struct ProbeKernels {
+  TypedProbeKernels<float> f32;
+  TypedProbeKernels<double> f64;
+
+  const TypedProbeKernels<float>& of(float) const { return f32; }
+  const TypedProbeKernels<double>& of(double) const { return f64; }
+};
+
+// Elements whose sums are added up before they are joined, in order: the result depends on no thread count.
+constexpr std::int64_t kProbeChunk = 1 << 16;
+
 struct Kernels {
   const char* isa;
   int vector_bytes;
@@ -43,6 +66,7 @@ struct Kernels {
   JetKernels<float> jets_f32;
   JetKernels<double> jets_f64;
   JetKernels<Bf16> jets_bf16;
+  const ProbeKernels* probes;
 
   const TypedKernels<float>& of(float) const { return f32; }
   const TypedKernels<double>& of(double) const { return f64; }

@@ -12,6 +12,7 @@ constexpr JetKernels<E> jet_kernels = {
     activation_derivatives<E>, activation_jet<E>, activation_pullback<E>, softmax_jet<E>,
     logsumexp_jet<E>,          norm_jet<E>,       norm_pullback<E>};
 
+extern const ProbeKernels probe_table;
 extern const Kernels table;
 const Kernels table = {
     FLATKERN_ISA_NAME,
@@ -21,6 +22,7 @@ const Kernels table = {
     jet_kernels<float>,
     jet_kernels<double>,
     jet_kernels<Bf16>,
+    &probe_table,
 };
 
 }  // namespace flatkern::cpu::FLATKERN_ISA

@@ -22,6 +22,40 @@ int gram(const Matrices<T>& x, double* out, void* stream);
 template <typename T>
 int gram_stats(const Matrices<T>& x, const GramStatsOut& out, void* stream);
 
+// Random rows [rows, size] of philox.h, the first of them `first`.
+template <typename T>
+int rademacher(std::uint64_t seed, std::uint64_t first, std::int64_t rows, std::int64_t size, T* out,
+               void* stream);
+
+template <typename T>
+int normal(std::uint64_t seed, std::uint64_t first, std::int64_t rows, std::int64_t size, T* out,
+           void* stream);
+
+// Dots of x [batch, rows, size] with those sign rows; `partial` is room for probe_blocks(size) numbers a row.
+template <typename T>
+int rademacher_dots(std::uint64_t seed, std::uint64_t first, std::int64_t batch, std::int64_t rows,
+                    std::int64_t size, const T* x, double* partial, double* out, void* stream);
+
+std::int64_t probe_blocks(std::int64_t size);
+
+// Rows with unit strides inside them.
+template <typename T>
+struct Strided {
+  T* data;
+  std::int64_t stride;
+
+  FLATKERN_HD T* row(std::int64_t i) const { return data + i * stride; }
+  Strided from(std::int64_t i) const { return {data + i * stride, stride}; }
+};
+
+// See csrc/cpu/probe_rows.h; `partial` is room for lanczos_blocks(size) numbers a row.
+template <typename T>
+int lanczos_step(std::int64_t rows, std::int64_t size, Strided<const T> image, Strided<const T> current,
+                 Strided<const T> previous, const double* beta, Strided<T> residual, double* partial,
+                 double* alpha, double* norm, void* stream);
+
+std::int64_t lanczos_blocks(std::int64_t size);
+
 const char* error_string(int error);
 
 }  // namespace flatkern::cuda

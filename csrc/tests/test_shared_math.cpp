@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "common/matrices.h"
+#include "common/philox.h"
 #include "common/spd_math.h"
 
 namespace {
@@ -85,6 +86,41 @@ void gram_tolerances() {
   EXPECT(flatkern::gram_tolerance<float>(1, 10000) == 10000 * std::numeric_limits<double>::epsilon());
 }
 
+// Random123's published vectors for philox4x32-10.
+void philox_vectors() {
+  const auto expect_words = [](std::uint64_t seed, std::uint64_t row, std::uint64_t block,
+                               std::vector<std::uint32_t> words) {
+    const flatkern::Random4 got = flatkern::philox(seed, row, block, flatkern::Stream::kSigns);
+    for (int k = 0; k < 4; ++k) EXPECT(got.x[k] == words[k]);
+  };
+  const std::uint64_t ones = ~std::uint64_t{0};
+  expect_words(0, 0, 0, {0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8});
+  expect_words(ones, ones, ones, {0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd});
+  expect_words(0x299f31d0a4093822, 0x0370734413198a2e, 0x85a308d3243f6a88,
+               {0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1});
+  const flatkern::Random4 signs = flatkern::philox(0, 0, 0, flatkern::Stream::kSigns);
+  const flatkern::Random4 normals = flatkern::philox(0, 0, 0, flatkern::Stream::kNormals);
+  EXPECT(signs.x[0] != normals.x[0]);
+  EXPECT(flatkern::sign_bit(signs, 0) == (0x6627e8d5u & 1u) &&
+         flatkern::sign_bit(signs, 127) == 0x9b00dbd8u >> 31);
+}
+
+void normals_are_box_muller() {
+  const double turn = 2 * std::acos(-1.0);
+  for (std::uint64_t block = 0; block < 20000; ++block) {
+    const flatkern::Random4 r = flatkern::philox(1, 2, block, flatkern::Stream::kNormals);
+    float first, second;
+    flatkern::normal_pair(r.x[0], r.x[1], &first, &second);
+    const double radius = std::sqrt(-2 * std::log(r.x[0] / 4294967296.0));
+    const double angle = ((r.x[1] >> 30) + ((r.x[1] & 0x3fffffffu) - 536870912.0) / 1073741824.0) * turn / 4;
+    EXPECT(std::fabs(first - radius * std::cos(angle)) < 1e-4);
+    EXPECT(std::fabs(second - radius * std::sin(angle)) < 1e-4);
+  }
+  EXPECT(std::fabs(flatkern::normal_radius(0) - std::sqrt(66 * std::log(2.0))) < 1e-5);
+  EXPECT(flatkern::normal_radius(0xffffffffu) == 0);
+  EXPECT(flatkern::nearest_float(0xffffffffu) == 4294967296.0f && flatkern::nearest_float(3) == 3);
+}
+
 }  // namespace
 
 int main() {
@@ -94,6 +130,8 @@ int main() {
   pivots<float>();
   pivots<double>();
   gram_tolerances();
+  philox_vectors();
+  normals_are_box_muller();
   if (failures == 0) std::printf("shared mathematics: all tests passed\n");
   return failures == 0 ? 0 : 1;
 }

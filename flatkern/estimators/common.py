@@ -1,4 +1,4 @@
-"""What all estimators share: checking arguments, drawing probes, progress bars."""
+"""What all estimators share: checking arguments, generators, progress bars."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ __all__ = [
     "NotSymmetricError",
     "make_generator",
     "progress_bar",
-    "rademacher",
     "require_finite",
     "row_bytes",
     "rows_per_block",
@@ -76,18 +75,6 @@ def make_generator(
     else:
         own.manual_seed(check_count(seed, "seed", least=0))
     return own
-
-
-def rademacher(count: int, op: LinearOperator, generator: torch.Generator) -> Tensor:
-    """Independent signs ±1 as rows [count, P]."""
-    signs = torch.empty(count, op.shape[1], dtype=op.dtype, device=generator.device)
-    return signs.bernoulli_(0.5, generator=generator).mul_(2).sub_(1).to(op.device)
-
-
-def gaussian(count: int, op: LinearOperator, generator: torch.Generator) -> Tensor:
-    """Independent standard normal entries as rows [count, P]."""
-    normal = torch.empty(count, op.shape[1], dtype=op.dtype, device=generator.device)
-    return normal.normal_(generator=generator).to(op.device)
 
 
 def rows_per_block(op: LinearOperator) -> int:

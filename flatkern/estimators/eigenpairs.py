@@ -14,7 +14,6 @@ from flatkern.estimators.checkpoint import Checkpoint, require_seed
 from flatkern.estimators.common import (
     check_count,
     check_positive,
-    gaussian,
     make_generator,
     progress_bar,
     require_finite,
@@ -154,8 +153,7 @@ def eigsh(
         "verify": verify,
         "seed": seed,
     }
-    draw = make_generator(seed, generator, operator.device)
-    basis = LanczosBasis(operator, width, block, draw)
+    basis = LanczosBasis(operator, width, block, make_generator(seed, generator, operator.device))
     search = Search(basis, k, which, limit, verify=verify, adaptive=block_size is None)
     with (
         Checkpoint(
@@ -166,7 +164,7 @@ def eigsh(
     ):
         residuals = None
         if saved.state is None:
-            basis.fill(None if first is None else _leading(first, basis, operator, draw))
+            basis.fill(None if first is None else _leading(first, basis))
         else:
             search.resume(saved.state)
             residuals = saved.state.get("residuals")
@@ -224,12 +222,12 @@ def _start_vectors(start: Any, op: LinearOperator) -> Tensor:
     return rows / norms
 
 
-def _leading(rows: Tensor, basis: LanczosBasis, op: LinearOperator, generator: torch.Generator) -> Tensor:
+def _leading(rows: Tensor, basis: LanczosBasis) -> Tensor:
     """The first block [b, P]: sums of the start vectors, with a little of everything else.
 
     Without the latter a start vector inside an invariant subspace would never leave it.
     """
-    block = gaussian(basis.block, op, generator)
+    block = basis.probes.normals(basis.block)
     block *= _NOISE / torch.linalg.vector_norm(block, dim=1, keepdim=True)
     for i, row in enumerate(rows):
         block[i % len(block)] += row

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from flatkern.estimators.common import row_bytes, rows_per_block
@@ -71,7 +72,7 @@ def _solve(op: LinearOperator, a: Arguments) -> Footprint:
     return Footprint(most, columns, columns * (9 if a["method"] == "minres" else 6), at_most=True)
 
 
-def _sampled(op: LinearOperator, a: Arguments) -> Footprint:
+def _sampled(op: LinearOperator, a: Arguments, *, entrywise: bool = False) -> Footprint:
     """Trace and diagonal: probes in blocks, or a sketch that is kept."""
     size, method, k = op.shape[0], a["method"], a["samples"]
     block = min(rows_per_block(op), k or PILOT)
@@ -82,7 +83,12 @@ def _sampled(op: LinearOperator, a: Arguments) -> Footprint:
         return Footprint(a["max_matvecs"], rows_per_block(op), max(4 * sketch, 8 * block), at_most=True)
     if method == "exact" or (method == "auto" and size <= k):
         return Footprint(size, min(size, rows_per_block(op)), 2 * min(size, rows_per_block(op)))
-    forms = block * (1 + wide + (2 * wide if wide > 1 else 0))
+    forms = block
+    if entrywise or method not in (
+        "auto",
+        "hutchinson",
+    ):  # products entry by entry; dots with signs need no room
+        forms = block * (1 + wide + (2 * wide if wide > 1 else 0))
     products = {"auto": k, "hutchinson": k, "hutch++": 3 * k, "xtrace": 2 * k, "xdiag": 2 * k, "xnystrace": k}
     kept = {"hutch++": 4 * k, "xtrace": 4 * k, "xdiag": 4 * k, "xnystrace": 3.3 * k}.get(method, 0)
     return Footprint(products[method], block, max(kept, forms + kept / 2))
@@ -95,5 +101,5 @@ FOOTPRINTS: dict[Callable[..., Any], Callable[[LinearOperator, Arguments], Footp
     trace_function: _quadrature,
     solve: _solve,
     trace: _sampled,
-    diagonal: _sampled,
+    diagonal: partial(_sampled, entrywise=True),
 }

@@ -11,7 +11,7 @@ from torch import Tensor
 from flatkern.estimators.common import NotDefiniteError
 from flatkern.estimators.quadrature import SIGNS, DerivativeSigns, Tridiagonals, check_signs
 from flatkern.results import Estimate
-from flatkern.student import student_quantile
+from flatkern.student import reaches
 
 __all__ = ["FunctionTrace", "Integrand", "Values"]
 
@@ -36,15 +36,14 @@ class FunctionTrace(Estimate):
     def interval(self, level: float = 0.9) -> tuple[float, float]:
         """The interval that covers the truth with probability ``level``: Student's t on both sides of the bracket.
 
-        lower − t · stderr to upper + t · stderr, for nearly normal means over probes.
+        lower − t · stderr to upper + t · stderr, shifted where the probes' values are skewed as
+        :meth:`Estimate.interval <flatkern.results.Estimate.interval>` is.
 
         Raises:
             ValueError: ``level`` is not between 0 and 1.
         """
-        if not 0 < level < 1:
-            raise ValueError(f"level: expected a probability between 0 and 1, got {level!r}")
-        reach = student_quantile((1 + level) / 2, self.dof) * self.stderr if self.stderr else 0.0
-        return self.lower - reach, self.upper + reach
+        below, above = reaches(level, self.stderr, self.dof, self.skewness)
+        return self.lower - below, self.upper + above
 
 
 @dataclass(frozen=True)

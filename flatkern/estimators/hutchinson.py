@@ -23,12 +23,15 @@ def quadratic_forms(
     values = run.array(stage, (count,), torch.float64)
     done = 0
     for block in run.blocks(stage, count):
+        first = probes.drawn
         rows = probes.signs(len(block))
         done = block.stop
         if block.known:
             continue
-        if basis is not None:
-            rows = outside(rows, basis)
+        if basis is None:
+            values[block.span] = probes.sign_dots((run.op @ rows.mT).mT, first)
+            continue
+        rows = outside(rows, basis)
         image = (run.op @ rows.mT).mT
         values[block.span] = (rows.double() * image.double()).sum(1)
     return values[:done]

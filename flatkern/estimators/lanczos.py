@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flatkern.estimators.common import NotSymmetricError, require_finite
 from flatkern.estimators.quadrature import Tridiagonals
+from flatkern.kernels import lanczos_step
 from flatkern.operators.base import LinearOperator
 
 __all__ = ["LockstepLanczos", "row_dots"]
@@ -48,10 +49,9 @@ class LockstepLanczos:
     ) -> None:
         self._op, self._what, self._outside = op, what, outside
         self._eps = torch.finfo(op.dtype).eps
-        # three blocks change places; fresh temporaries of this size would cost more than the arithmetic
+        # two blocks change places; fresh temporaries of this size would cost more than the arithmetic
         self._previous, self._current = torch.zeros_like(start), start.clone()
-        self._residual = torch.empty_like(start)
-        self._beta = torch.zeros(len(start), dtype=op.dtype, device=op.device)
+        self._beta = torch.zeros(len(start), dtype=torch.float64, device=op.device)
         self._scale, self._off = torch.zeros_like(self._beta), torch.zeros_like(self._beta)
         self._alphas: list[Tensor] = []
         self._betas: list[Tensor] = []
@@ -70,29 +70,31 @@ class LockstepLanczos:
 
     def step(self) -> None:
         """One step of all runs."""
-        current, previous, residual = self._current, self._previous, self._residual
+        current, previous = self._current, self._previous
         self._keep(self.steps, current)
         image = (self._op @ current.mT).mT
-        alpha = row_dots(current, image)
-        if self.steps < _CHECKED_STEPS or self.steps % _CHECK_EVERY == 0:
+        checked = self.steps < _CHECKED_STEPS or self.steps % _CHECK_EVERY == 0
+        coupling = row_dots(previous, image) if checked else self._beta
+        # the residual takes the place of the vectors before the present ones
+        residual, alpha, beta = lanczos_step(image, current, previous, self._beta, out=previous)
+        if checked:
             # a residual of rounding size has no direction of its own, so a test on it would say nothing
             told = self._beta > self._eps**0.5 * self._scale
-            gap = (row_dots(previous, image) - self._beta).abs() / torch.maximum(self._scale, alpha.abs())
+            gap = (coupling - self._beta).abs() / torch.maximum(self._scale, alpha.abs())
             self._off = torch.maximum(self._off, torch.where(told, gap, 0.0))
-        torch.addcmul(image, current, alpha[:, None], value=-1, out=residual)
-        residual.addcmul_(previous, self._beta[:, None], value=-1)
         if self._outside is not None:
             residual.addmm_(residual @ self._outside.mT, self._outside, alpha=-1)
         for block in self._filled(self.steps + 1):
             _project_out(block, residual)
-        beta = torch.linalg.vector_norm(residual, dim=1)
+        if self._outside is not None or self._kept:
+            beta = torch.linalg.vector_norm(residual, dim=1, dtype=torch.float64)
         self._scale = torch.maximum(self._scale, torch.maximum(alpha.abs(), beta))
         alive = beta > 10 * self._eps * self._scale
         self._beta = torch.where(alive, beta, 0.0)
         self._alphas.append(alpha)
         self._betas.append(self._beta)
-        residual.mul_(torch.where(alive, 1 / self._beta, 0.0)[:, None])
-        self._previous, self._current, self._residual = current, residual, previous
+        residual.mul_(torch.where(alive, 1 / self._beta, 0.0)[:, None].to(residual.dtype))
+        self._previous, self._current = current, residual
 
     def tridiagonals(self) -> Tridiagonals:
         """The Jacobi matrices so far; the one place where values come to the host.

@@ -24,6 +24,7 @@ from flatkern.estimators.common import (
 )
 from flatkern.estimators.function_trace import FunctionTrace, Integrand, Values
 from flatkern.estimators.quadrature import DerivativeSigns
+from flatkern.estimators.sample_shape import Shape
 from flatkern.estimators.slq import BASIS_BYTES, kept_vectors
 from flatkern.estimators.stochastic_quadrature import PILOT, Plan, QuadratureSampler, group_size
 from flatkern.operators.base import LinearOperator
@@ -220,6 +221,7 @@ def integrate_trace(
     count = len(values.value)
     spread = max(sampler.pilot_sd, float(values.value.std()))
     value, stderr = float(values.value.mean()), spread / count**0.5
+    shape = Shape.of(values.value, min(count, PILOT if probes is None else count) - 1)
     notes = _notes(sampler, plan, size, values, stderr, asked=asked)
     if not all(integrand.proven):
         notes = (*notes, "the quadrature's bracket is an indication where it is not proven")
@@ -237,7 +239,8 @@ def integrate_trace(
         upper=float(values.upper.mean()),
         proven=integrand.proven,
         steps=sampler.steps,
-        dof=min(count, PILOT if probes is None else count) - 1,
+        dof=shape.dof,
+        skewness=shape.skewness,
     )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flatkern.estimators.common import NotSymmetricError, gaussian
+from flatkern.estimators.common import NotSymmetricError
 from flatkern.estimators.gram_schmidt import orthonormalize
+from flatkern.estimators.probes import Probes
 from flatkern.operators.base import LinearOperator
 
 __all__ = ["LanczosBasis"]
@@ -30,7 +31,7 @@ class LanczosBasis:
     """
 
     def __init__(self, op: LinearOperator, size: int, block: int, generator: torch.Generator) -> None:
-        self._op, self._generator = op, generator
+        self._op, self.probes = op, Probes(op, generator)
         self._eps = torch.finfo(op.dtype).eps
         self.size, self.block = size, block
         total = size + block
@@ -77,7 +78,7 @@ class LanczosBasis:
             count = min(self.block - self.pending, min(len(self.rows), self._op.shape[0]) - first)
             if count <= 0:
                 return
-            vectors = gaussian(count, self._op, self._generator)
+            vectors = self.probes.normals(count)
         end = first + len(vectors)
         new = self.rows[first:end]
         for _ in range(2):  # a second time, as almost nothing may be left of the first in a nearly full space
@@ -186,7 +187,7 @@ class LanczosBasis:
             "basis": self.rows[: self.known + self.pending],
             "board": self._board,
             "numbers": torch.tensor(numbers, dtype=torch.float64),
-            "generator": self._generator.get_state(),
+            "probes": self.probes.state(),
         }
 
     def resume(self, state: dict[str, Tensor]) -> None:
@@ -196,4 +197,4 @@ class LanczosBasis:
         self.rows[: len(state["basis"])] = state["basis"].to(self.rows)
         self._board.copy_(state["board"])
         self._host = state["board"].clone()
-        self._generator.set_state(state["generator"])
+        self.probes.resume(state["probes"])

@@ -12,16 +12,15 @@ from torch import Tensor
 from flatkern.estimators.checkpoint import Checkpoint, require_seed
 from flatkern.estimators.common import (
     check_count,
-    gaussian,
     make_generator,
     progress_bar,
-    rademacher,
     square_operator,
 )
 from flatkern.estimators.deflation import Deflation
 from flatkern.estimators.eigenpairs import Eigenpairs
 from flatkern.estimators.interrupt import Interruptible
 from flatkern.estimators.lanczos import LockstepLanczos
+from flatkern.estimators.probes import Probes
 from flatkern.estimators.spectrum import SpectralDensity, merge_close
 
 __all__ = ["spectral_density"]
@@ -123,14 +122,11 @@ def spectral_density(
         checkpoint, what="spectral_density", op=operator, settings=settings, seconds=checkpoint_seconds
     )
     with file, progress_bar(probes * steps, enabled=progress, what="spectral_density") as bar:
+        stream = Probes(operator, make_generator(seed, generator, operator.device))
         if outliers is None:
-            vectors = (
-                rademacher(probes, operator, make_generator(seed, generator, operator.device)) / size**0.5
-            )
+            vectors = stream.signs(probes).div_(size**0.5)
         else:
-            vectors = outliers.directions(
-                gaussian(probes, operator, make_generator(seed, generator, operator.device))
-            )
+            vectors = outliers.directions(stream.normals(probes))
         run = LockstepLanczos(
             operator,
             vectors,

@@ -11,10 +11,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flatkern.estimators.checkpoint import Checkpoint
-from flatkern.estimators.common import rademacher, rows_per_block
+from flatkern.estimators.common import rows_per_block
 from flatkern.estimators.function_trace import Integrand, Values
 from flatkern.estimators.interrupt import Interruptible
 from flatkern.estimators.lanczos import LockstepLanczos
+from flatkern.estimators.probes import Probes
 from flatkern.operators.base import LinearOperator
 
 __all__ = ["PILOT", "Plan", "QuadratureSampler", "group_size"]
@@ -82,7 +83,7 @@ class QuadratureSampler:
         what: str,
     ) -> None:
         self._op, self._integrand, self._plan = op, integrand, plan
-        self._generator, self._file, self._bar, self._what = generator, file, bar, what
+        self._probes, self._file, self._bar, self._what = Probes(op, generator), file, bar, what
         self._cap = min(op.shape[0], plan.max_matvecs // plan.pilot)
         self._steps = 0  # of each probe; 0 until it is decided
         self._parts: list[Values] = []
@@ -136,7 +137,7 @@ class QuadratureSampler:
                 self._run = None
 
     def _start(self, count: int) -> LockstepLanczos:
-        vectors = rademacher(count, self._op, self._generator) / self._op.shape[0] ** 0.5
+        vectors = self._probes.signs(count).div_(self._op.shape[0] ** 0.5)
         return LockstepLanczos(self._op, vectors, keep=self._plan.kept, what=self._what)
 
     def _finish(self, run: LockstepLanczos, stop: Interruptible) -> Values | None:
@@ -187,7 +188,7 @@ class QuadratureSampler:
         state = {
             "values": torch.stack([done.value, done.lower, done.upper]),
             "numbers": torch.tensor([self._steps, self.matvecs]),
-            "generator": self._generator.get_state(),
+            "probes": self._probes.state(),
         }
         if self._run is not None and self._run.steps:
             state |= {f"run.{key}": value for key, value in self._run.state().items()}
@@ -197,7 +198,7 @@ class QuadratureSampler:
         if state["values"].shape[1]:
             self._parts = [Values(*state["values"].unbind())]
         self._steps, self.matvecs = (int(n) for n in state["numbers"])
-        self._generator.set_state(state["generator"])
+        self._probes.resume(state["probes"])
         run = {key.removeprefix("run."): value for key, value in state.items() if key.startswith("run.")}
         if run:
             start = torch.empty(run["current"].shape, dtype=self._op.dtype, device=self._op.device)

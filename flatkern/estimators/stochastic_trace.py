@@ -18,6 +18,7 @@ from flatkern.estimators.common import (
 )
 from flatkern.estimators.interrupt import Interruptible
 from flatkern.estimators.probes import Probes
+from flatkern.estimators.sample_shape import Shape
 from flatkern.estimators.sampling_run import Run
 from flatkern.estimators.trace_plan import UNREACHABLE, Goal
 from flatkern.estimators.trace_request import Method, Request
@@ -136,6 +137,8 @@ def trace(
     values = outcome.values
     value, stderr = float(values.mean()), outcome.stderr
     met = stderr <= goal.tolerance(value)
+    # the leave-one-out values of the sketches are not independent: their shape says nothing of the mean's
+    shape = Shape.of(values, len(values) - 1) if outcome.independent else Shape(len(values) - 1, 0.0)
     return Estimate(
         value=value,
         stderr=stderr,
@@ -145,7 +148,8 @@ def trace(
         seconds=time.perf_counter() - start,
         converged=met and not cut and wanted <= max_matvecs,
         samples=None if outcome.exact else values,
-        dof=None if outcome.exact else len(values) - 1,
+        dof=None if outcome.exact else shape.dof,
+        skewness=shape.skewness,
         notes=_notes(cut, wanted, max_matvecs, met, planned=tolerance_known),
     )
 

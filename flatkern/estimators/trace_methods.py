@@ -32,6 +32,11 @@ class Outcome:
     exact: bool = False
 
     @property
+    def independent(self) -> bool:
+        """Whether the values are independent of each other."""
+        return not self.exact and self.method in ("hutchinson", "hutch++")
+
+    @property
     def stderr(self) -> float:
         """Standard error of the mean: √(s²/k + the covariance of two values, where that is positive)."""
         if self.exact:

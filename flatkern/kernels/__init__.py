@@ -1,4 +1,4 @@
-"""Small batched kernels over torch tensors: log-determinants, Gram matrices and their statistics, attention, and
+"""Kernels over torch tensors: log-determinants and Gram matrices, random probes, a Lanczos step, attention, and
 activations, softmax, cross-entropy and norms with their second-order terms.
 
 Every operator is an ordinary differentiable function (`grad`, `jvp`, `vmap`, second order, `torch.compile`),
@@ -19,7 +19,9 @@ from ._activation_jets import (
 from ._attention import attention
 from ._gram import gram
 from ._gram_stats import GramStats, gram_stats
+from ._lanczos_step import LanczosStep, lanczos_step
 from ._norm_jets import layer_norm_jet, layer_norm_pullback, rms_norm_jet, rms_norm_pullback
+from ._probes import normal, rademacher, rademacher_dot
 from ._select import KernelInfo, active
 from ._softmax_jets import CrossEntropyJet, cross_entropy_hvp, cross_entropy_jet, softmax_jet
 from ._spd_logdet import spd_logdet
@@ -30,6 +32,7 @@ __all__ = [
     "GramStats",
     "Jet",
     "KernelInfo",
+    "LanczosStep",
     "Pullback",
     "activation_derivatives",
     "activation_jet",
@@ -40,8 +43,12 @@ __all__ = [
     "cross_entropy_jet",
     "gram",
     "gram_stats",
+    "lanczos_step",
     "layer_norm_jet",
     "layer_norm_pullback",
+    "normal",
+    "rademacher",
+    "rademacher_dot",
     "rms_norm_jet",
     "rms_norm_pullback",
     "softmax_jet",

@@ -12,14 +12,19 @@ def check_matrices(name: str, x: Tensor, *, square: bool) -> None:
     """Raises TypeError for anything but a float32 or float64 tensor, ValueError for a wrong shape."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
-    if x.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{name}: dtype {x.dtype} is not supported; use torch.float32 or torch.float64")
+    check_dtype(name, x.dtype)
     if x.layout != torch.strided:
         raise TypeError(f"{name}: layout {x.layout} is not supported; use a dense tensor")
     if x.dim() < 2:
         raise ValueError(f"{name}: expected at least two dimensions, got shape {tuple(x.shape)}")
     if square and x.shape[-1] != x.shape[-2]:
         raise ValueError(f"{name}: expected square matrices [..., c, c], got shape {tuple(x.shape)}")
+
+
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    """Raises TypeError for anything but float32 and float64."""
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name}: dtype {dtype} is not supported; use torch.float32 or torch.float64")
 
 
 def few_dims(x: Tensor) -> Tensor:

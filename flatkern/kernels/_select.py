@@ -101,11 +101,16 @@ _state = _State()
 
 def runs_compiled(x: Tensor, *, cuda: bool = True) -> bool:
     """Whether the compiled kernel takes these matrices; `cuda`: whether the operator has a CUDA kernel."""
-    if not _state.compiled or x.shape[-2] > MAX_SIZE:
+    if x.shape[-2] > MAX_SIZE or (x.device.type == "cuda" and not cuda):
         return False
-    if x.device.type == "cpu":
-        return True
-    return x.device.type == "cuda" and cuda and bool(_state.build.get("cuda"))
+    return runs_compiled_rows(x.device)
+
+
+def runs_compiled_rows(device: torch.device) -> bool:
+    """Whether the compiled kernels run on this device, for operators that take any size."""
+    if not _state.compiled:
+        return False
+    return device.type == "cpu" or (device.type == "cuda" and bool(_state.build.get("cuda")))
 
 
 def runs_elementwise(x: Tensor) -> bool:

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from interrupted import Failing, KilledError, symmetric
 
 from flatkern.estimators import NotSymmetricError, eigsh, spectral_density
-from flatkern.estimators.common import make_generator, rademacher
+from flatkern.estimators.common import make_generator
 from flatkern.estimators.lanczos import LockstepLanczos
+from flatkern.estimators.probes import Probes
 from flatkern.estimators.spectrum import merge_close
 from flatkern.operators import as_operator
 
@@ -21,7 +22,7 @@ OUTLIERS = symmetric(torch.cat([torch.tensor([50.0, 49.0, 20.0]), torch.linspace
 @pytest.mark.parametrize("steps", [1, 3, 7])
 def test_each_probe_is_exact_to_degree_2m_minus_1(steps, reorthogonalize):
     op = as_operator(SPREAD)
-    vectors = rademacher(4, op, make_generator(7, None, op.device)) / 60**0.5
+    vectors = Probes(op, make_generator(7, None, op.device)).signs(4) / 60**0.5
     result = spectral_density(SPREAD, probes=4, steps=steps, seed=7, reorthogonalize=reorthogonalize)
     power = vectors
     for degree in range(2 * steps):
@@ -158,7 +159,7 @@ def test_products_are_blocks_of_all_probes():
 
     recorder = Recorder()
     op = as_operator(recorder)
-    run = LockstepLanczos(op, rademacher(5, op, make_generator(0, None, op.device)) / 60**0.5)
+    run = LockstepLanczos(op, Probes(op, make_generator(0, None, op.device)).signs(5) / 60**0.5)
     for _ in range(7):
         run.step()
     assert recorder.calls == ((60, 5),) * 7

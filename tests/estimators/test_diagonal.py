@@ -37,7 +37,7 @@ def test_unbiased_entries_with_their_own_errors(case, method):
     errors = torch.stack([r.values for r in runs]) - matrix.diagonal()
     deviation = errors.mean(0) / (errors.std(0) / n**0.5)
     assert deviation.abs().max() < 4.5
-    assert 0.8 < float(deviation.square().mean()) < 1.5
+    assert 0.6 < float(deviation.square().mean()) < 1.9  # few independent entries: outliers correlate them
     stated = torch.stack([r.stderr for r in runs]).square().mean(0).sqrt()
     ratio = stated / errors.square().mean(0).sqrt()
     assert 0.9 < float(ratio.median()) < 1.2

