@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "cpu/kernels.h"
-#include "threads.h"
 #include "cpu/probe_rows.h"
+#include "threads.h"
 
 #ifndef FLATKERN_BUILD_FLAGS
 #define FLATKERN_BUILD_FLAGS ""
