@@ -57,6 +57,27 @@ def measurement(result: dict[str, Any]) -> str:
     )
 
 
+def monitor(result: dict[str, Any]) -> str:
+    """What watching a training run costs."""
+    rows = [
+        [
+            r["model"],
+            f"{r['step_ms']:.2f}",
+            f"{r['measurement_ms']:.1f}",
+            f"{r['call_us']:.0f}",
+            f"**{100 * r['overhead']:.1f} %**",
+        ]
+        for r in result["rows"]
+    ]
+    header = ["model", "step of training ms", "measurement ms", "other calls µs", "of the training time"]
+    return (
+        "## Monitor\n\n"
+        "`fk.Monitor` with one measurement every 200 steps on 20 samples, the losses of all steps handed over, beside\n"
+        "the training it watches. *other calls*: `m.step(loss)` where nothing is due.\n\n"
+        f"`python -m benchmarks.bench_monitor`\n\n{_table(header, rows)}\n{_settings(result)}"
+    )
+
+
 def kernels(result: dict[str, Any]) -> str:
     """The compiled kernels against torch."""
     columns = [k for k in result["rows"][0] if k != "ratio"]
@@ -370,15 +391,67 @@ def hessian_trace(result: dict[str, Any]) -> str:
     )
 
 
+def memory(result: dict[str, Any]) -> str:
+    """Peak bytes of named quantities beside those of one gradient, and a language model."""
+    mib = 2**20
+    digits = [
+        [
+            r["model"],
+            r["way"],
+            f"{r['gradient_bytes'] / mib:.1f}",
+            f"{r['bytes'] / mib:.1f}",
+            f"**{r['over_gradient']:.2f}**",
+            f"{r['planned_bytes'] / mib:.1f}",
+            f"{r['planned_over_found']:.2f}",
+        ]
+        for r in result["rows"]
+        if r["part"] == "digits"
+    ]
+    language = [r for r in result["rows"] if r["part"] == "language"]
+    unit = next((r for r in language if r["way"] == "gradient"), None)
+    text = (
+        "## Memory\n\n"
+        "Bytes of tensors at the peak, beside those of one gradient of the same loss on the same batch, and what\n"
+        "`fk.plan` says before the call. Chunks of samples are cut to two gradients' memory (or 8 MiB, where two\n"
+        "gradients take less). `geometry` keeps N cotangents a sample at every layer's input at once, up to\n"
+        "`max_memory`.\n\n"
+        "`python -m benchmarks.bench_memory`\n\n"
+        + _table(
+            ["model", "quantity", "gradient MiB", "MiB", "ratio", "planned MiB", "planned / found"], digits
+        )
+    )
+    if unit is not None:
+        rows = [
+            [
+                r["way"],
+                f"{r['cpu_s']:.1f}",
+                f"**{r['cpu_s'] / unit['cpu_s']:.1f}**",
+                f"{r['resident_bytes'] / mib:.0f}",
+                f"**{r['resident_bytes'] / unit['resident_bytes']:.2f}**",
+            ]
+            for r in language
+        ]
+        text += (
+            f"\n### GPT-2, {unit['parameters'] / 1e6:.0f}M parameters, 50,257 tokens\n\n"
+            f"{unit['samples']} sequences of {unit['length']} tokens, random weights, float32, the head tied to the\n"
+            "embedding. The resident set is that above model and data, in a process of its own; seconds and ratios\n"
+            "include the checks at the beginning of a call.\n\n"
+            + _table(["quantity", "CPU s", "in gradients", "resident MiB", "over a gradient's"], rows)
+        )
+    return f"{text}\n{_settings(result)}"
+
+
 SECTIONS = {
     "operators": operators,
     "lanczos": lanczos,
     "slq": slq,
     "trace": trace,
     "measurement": measurement,
+    "monitor": monitor,
     "ggn_trace": ggn_trace,
     "hessian_trace": hessian_trace,
     "ggn_spectrum": ggn_spectrum,
+    "memory": memory,
     "kernels": kernels,
     "jets": jets,
     "probes": probes,

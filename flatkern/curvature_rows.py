@@ -30,7 +30,9 @@ __all__ = ["CurvatureRows", "Kind", "Survey"]
 Kind = Literal["ggn", "mc", "empirical"]
 
 _SURVEYED = 256
-"""Samples a forward pass without a graph takes at once."""
+"""Samples a forward pass without a graph takes at once,"""
+_SURVEYED_BYTES = 1 << 26
+"""and bytes of their outputs."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class CurvatureRows:
 
     def survey(self) -> Survey:
         """Forward passes without graphs: sizes, the loss, its denominator. Later passes must give the same data."""
-        n, rows, outputs = 0, 0, 0
+        n, rows, outputs, sample_bytes = 0, 0, 0, 0
         weight: Tensor | float = 0.0
         value = 0.0
         prints: list[list[Tensor]] = []
@@ -130,9 +132,13 @@ class CurvatureRows:
         for inputs, target in self:
             prints.append(fingerprint((inputs, target)))
             count = count_samples(inputs)
-            for start in range(0, count, _SURVEYED):
-                part = slice(start, min(start + _SURVEYED, count))
+            start = 0
+            while start < count:
+                step = max(1, min(_SURVEYED, _SURVEYED_BYTES // sample_bytes)) if sample_bytes else 1
+                part = slice(start, min(start + step, count))
+                start = part.stop
                 output, y = self.evaluate(inputs, target, part)
+                sample_bytes = output[0].numel() * output.element_size()
                 check_target(self.loss, output, y, self._unchecked)
                 weight = weight + self.loss.weight(output, y)
                 value += float(self.loss.numerator(output, y))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -30,9 +31,10 @@ __all__ = ["ggn_trace", "gradient_norms", "sharpness"]
 @differentiation()
 def sharpness(
     model: nn.Module,
-    x: Tensor,
+    x: Any,
     *,
     params: ParameterSelection = None,
+    forward: Forward | None = None,
     method: Method = "auto",
     rtol: float = 0.02,
     samples: int | None = None,
@@ -55,8 +57,10 @@ def sharpness(
 
     Args:
         model: any module [n, ...] → [n, ...] whose samples do not interact; left exactly as found.
-        x: inputs with the samples on axis 0; floating point, or integers (token ids).
+        x: inputs with the samples on axis 0; floating point, or integers (token ids). With ``forward`` one batch of
+            any kind, or an iterable of batches.
         params: names or globs of parameters; default all with ``requires_grad``.
+        forward: (model, batch) → (output, anything), where the model is not simply called.
         method: ``"exact"``, ``"sketch"``, or the cheaper of the two: exact for up to 64 cotangents a
             sample, else two draws tell whether ``rtol`` takes fewer draws than that (or memory forbids the exact way).
         rtol: relative standard error that the sketch is drawn to.
@@ -84,18 +88,23 @@ def sharpness(
         True
     """
     check_model(model)
-    check_input(x, differentiable=False)
+    batches: Iterable[tuple[Any, Any]]
+    if forward is None:
+        check_input(x, differentiable=False)
+        batches = [(x.to(model_device(model)), None)]
+    else:
+        batches = LossData(model, x, forward)
+        forward = batches.forward
     settings = Settings(method, rtol, samples, seed, per_layer, per_parameter, budget(max_memory))
     roots = Roots(
         exact=lambda output, _: identity_cotangents(output),
-        sketch=lambda _output, _target, signs: signs,
+        sketch=lambda output, _target, signs: signs.to(output.dtype),
         columns=lambda output: output[0].numel(),
         weight=lambda output, _: float(len(output)),
         denominator=lambda total: total,
         shared=True,
     )
-    batches = [(x.to(model_device(model)), None)]
-    return estimate_trace(model, batches, select_parameters(model, params), roots, settings)
+    return estimate_trace(model, batches, select_parameters(model, params), roots, settings, forward)
 
 
 @differentiation()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,16 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from flatkern.curvature_rows import CurvatureRows, Kind
+from flatkern.gradient_gram import Gradients
 from flatkern.layers.embedding import RowsTerm
 from flatkern.layers.outer import OuterTerm
 from flatkern.layers.term import DenseTerm, Term, chunks
-from flatkern.linearize import Forward, budget
+from flatkern.linearize import Forward, Linearization, budget
 from flatkern.losses import Reduction
 from flatkern.parameter_rows import explicit_rows
 from flatkern.parameter_space import spread
 from flatkern.problem import Layout, ParameterSelection, differentiation
 
-__all__ = ["GGNEntries", "check_fisher", "ggn_diagonal", "ggn_matrix", "squares_summed", "summed_products"]
+__all__ = [
+    "GGNEntries",
+    "add_squares",
+    "check_fisher",
+    "ggn_diagonal",
+    "ggn_matrix",
+    "squares_summed",
+    "summed_products",
+]
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,8 @@ class GGNEntries:
     num_data: int
     seconds: float
     notes: tuple[str, ...] = ()
+    denominator: float = 1.0
+    """What the summed numerators, and the matrix, were divided by."""
 
 
 def check_fisher(fisher: str, samples: int, seed: int) -> Kind:
@@ -109,19 +121,31 @@ def ggn_diagonal(
         if total is None:
             total = torch.zeros(layout.size, dtype=torch.float64, device=chunk.lin.output.device)
         notes.update(dict.fromkeys(chunk.gradients.notes))
-        for name, terms in chunk.gradients.terms.items():
-            p = rows.parameters[name]
-            uses = chunk.lin.uses.grouped(name) if name in chunk.lin.uses.by_parameter else [()]
-            for group, term in zip(uses, terms, strict=True):
-                with torch.no_grad():
-                    squares = squares_summed(term, limit // 4)
-                own = squares if not group else spread(group, p, squares.reshape(term.shape))
-                total[layout.slices[name]] += own.detach().flatten()
+        add_squares(total, chunk.lin, chunk.gradients, rows.parameters, layout, limit // 4)
         del chunk
     assert total is not None
     return GGNEntries(
-        total / survey.denominator, survey.loss, layout, survey.num_data, time.perf_counter() - started, tuple(notes)
+        total / survey.denominator, survey.loss, layout, survey.num_data, time.perf_counter() - started, tuple(notes),
+        survey.denominator,
     )  # fmt: skip
+
+
+def add_squares(
+    total: Tensor,
+    lin: Linearization,
+    gradients: Gradients,
+    parameters: Mapping[str, nn.Parameter],
+    layout: Layout,
+    max_memory: int,
+) -> None:
+    """Σ_i Σ_k γ_ik² of some samples, added to ``total`` [P] (float64)."""
+    for name, terms in gradients.terms.items():
+        uses = lin.uses.grouped(name) if name in lin.uses.by_parameter else [()]
+        for group, term in zip(uses, terms, strict=True):
+            with torch.no_grad():
+                squares = squares_summed(term, max_memory)
+            own = squares if not group else spread(group, parameters[name], squares.reshape(term.shape))
+            total[layout.slices[name]] += own.detach().flatten()
 
 
 def squares_summed(term: Term, max_memory: int) -> Tensor:
@@ -211,7 +235,8 @@ def ggn_matrix(
     survey = rows.survey()
     matrix, notes = summed_products(rows, layout.size, limit)
     return GGNEntries(
-        matrix / survey.denominator, survey.loss, layout, survey.num_data, time.perf_counter() - started, notes
+        matrix / survey.denominator, survey.loss, layout, survey.num_data, time.perf_counter() - started, notes,
+        survey.denominator,
     )  # fmt: skip
 
 

@@ -242,7 +242,7 @@ def _draw(problem: _Problem, generator: torch.Generator, count: int) -> _Draws:
         values = []
         for _ in range(count):
             signs = torch.randint(0, 2, output.shape, generator=generator, dtype=torch.int8)
-            signs = signs.to(output.device, output.dtype).mul_(2).sub_(1)
+            signs = signs.to(output.device).mul_(2).sub_(1)  # bytes: outputs may be large
             root = problem.roots.sketch(output, target, signs).unsqueeze(0)
             norms = parameter_squared_norms(problem.model, lin, root, problem.parameters)
             values.append(norms.total)

@@ -138,6 +138,7 @@ def kfac(
     reduction: Reduction | None = None,
     forward: Forward | None = None,
     max_block: int = 256,
+    max_factor: int = 8192,
     max_memory: int | None = None,
 ) -> KFAC:
     """Kronecker-factored approximation of the GGN or Fisher matrix, block diagonal over layers.
@@ -155,7 +156,8 @@ def kfac(
 
     Parameters that are not the weight or bias of a dense layer or convolution (norms, embeddings, transposed
     convolutions, directly used tensors, weights computed from others) have their exact block up to ``max_block``
-    entries and their exact diagonal beyond; ``others`` and ``notes`` say which.
+    entries and their exact diagonal beyond, and so has a layer with more than ``max_factor`` inputs or outputs (a head
+    over a vocabulary); ``others`` and ``notes`` say which.
 
     Args:
         model, loss_fn, data, params, reduction, forward: as for :func:`flatkern.ggn_trace`.
@@ -164,6 +166,7 @@ def kfac(
             ``"empirical"``: of the data's labels (see :func:`flatkern.fisher`).
         samples, seed: for ``"mc"``, as for :func:`flatkern.ggn_diagonal`.
         max_block: entries of a parameter without factors up to which its block is exact.
+        max_factor: largest side of a factor (8 max_factor² bytes).
         max_memory: bytes of the working set; default 1 GiB; factors come beside it.
 
     Returns:
@@ -195,6 +198,8 @@ def kfac(
         raise ValueError(f"approx: expected 'expand' or 'reduce', got {approx!r}")
     if not isinstance(max_block, int) or isinstance(max_block, bool) or max_block < 0:
         raise ValueError(f"max_block: expected an integer of at least 0, got {max_block!r}")
+    if not isinstance(max_factor, int) or isinstance(max_factor, bool) or max_factor < 1:
+        raise ValueError(f"max_factor: expected an integer of at least 1, got {max_factor!r}")
     limit = budget(max_memory)
     kind = check_fisher(fisher, samples, seed)
     rows = CurvatureRows(
@@ -209,9 +214,9 @@ def kfac(
     for chunk in rows.chunks(limit // 2):
         groups = groups_of(chunk)
         if blocks is None:
-            blocks, others = plan(groups, rows.parameters, approx, max_block)
+            blocks, others = plan(groups, rows.parameters, approx, max_block, max_factor)
         for block in blocks:
-            block.add(groups, limit // 4)
+            block.add(groups, chunk.lin.scratch)
         notes.update(dict.fromkeys(chunk.gradients.notes))
         del chunk, groups
     assert blocks is not None

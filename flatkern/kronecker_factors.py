@@ -130,13 +130,14 @@ def plan(
     parameters: Mapping[str, Tensor],
     approx: Approximation,
     max_block: int,
+    max_factor: int,
 ) -> tuple[list[Block], dict[str, str]]:
     """How each parameter is dealt with, and what those without Kronecker factors have instead."""
     layout = Layout(parameters)
     blocks: list[Block] = []
     taken: set[str] = set()
     for name, found in groups.items():
-        if not _is_weight(found, parameters[name]):
+        if not _is_weight(found, parameters[name]) or _largest_side(found) > max_factor:
             continue
         paired = _bias_of(found, groups, taken)
         taken |= {name} if paired is None else {name, paired[0]}
@@ -173,6 +174,10 @@ def _is_weight(found: list[Group], parameter: Tensor) -> bool:
                 return False
     # a weight of which a slice is never used has entries that no part covers
     return sum(term.shape.numel() for _, term in found) == parameter.numel()
+
+
+def _largest_side(found: list[Group]) -> int:
+    return max(max(term.sizes[2:]) for _, term in found if isinstance(term, OuterTerm))
 
 
 def _bias_of(

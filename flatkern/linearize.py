@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge, saved_tensors_hooks
 
 from flatkern.capture import Coverage, LayerCall, match_parameters, record_calls
+from flatkern.chunk_plan import ChunkPlan, note
 from flatkern.graph import Graph, Layouts, compare_batches, first_with_samples, shapes_of
-from flatkern.placement import check_layouts, strays
+from flatkern.placement import check_layouts
 from flatkern.problem import DEFAULT_MAX_MEMORY, check_output, preserve_state
-from flatkern.samples import count_samples, take
+from flatkern.samples import count_samples, take, tensors_in
 from flatkern.uses import Uses, find_uses
 
 __all__ = ["Forward", "Linearization", "budget", "linearizations", "pull_back"]
@@ -30,6 +31,9 @@ _CACHE_BYTES = 1 << 22
 Batching saves dispatch, which matters for small work; beyond the cache it only adds memory traffic (measured: twice
 slower than a loop on a convolutional network at n = 100).
 """
+
+
+_SCRATCH_BYTES = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,19 @@ class Linearization:
     """Layers whose input does not have the samples on axis 0."""
     widest: int
     """Entries of the largest output that cotangents are taken at."""
+    together: int | None
+    """Cotangents that fit into one pass; ``None``: not known."""
 
     @property
     def n(self) -> int:
         """Number of samples in the chunk."""
         return len(self.output)
+
+    @property
+    def scratch(self) -> int:
+        """Bytes for temporaries of norms: on a CPU few, as chunks that stay in the cache are no slower."""
+        quarter = max(1, self.max_memory // 4)
+        return min(quarter, _SCRATCH_BYTES) if self.output.device.type == "cpu" else quarter
 
     @property
     def samples(self) -> slice:
@@ -132,6 +144,15 @@ def _probe(
     return _Run(run.output, run.target, run.calls, run.input_edge, run.graph, sum(saved.values()))
 
 
+def _outline(model: nn.Module, x: Any, forward: Forward | None) -> _Run:
+    """A forward pass whose graph keeps no tensors: for its operations, their shapes, and the output's values."""
+    nothing: Any = None
+    with saved_tensors_hooks(lambda _: nothing, lambda _: nothing):
+        run = _run(model, x, False, forward)
+    run.calls.clear()  # they hold the layers' inputs
+    return run
+
+
 def _misplaced(calls: Sequence[LayerCall], n: int) -> frozenset[str]:
     """Layers whose input or output does not have the samples on axis 0, or is not batched as the layer has it."""
     names = set()
@@ -148,17 +169,6 @@ def _misplaced(calls: Sequence[LayerCall], n: int) -> frozenset[str]:
     return frozenset(names)
 
 
-def _touched_by_others(run: _Run) -> frozenset[str]:
-    """Layers where the cotangent of one sample alone shows in another sample's row of axis 0.
-
-    Shapes cannot tell a sequence axis of the same length, or samples in another order, from the samples' axis. Each
-    sample is tried: one that reads only the matching position would pass alone.
-    """
-    reached = [(c.name, c.output_edge) for c in run.calls if c.output_edge is not None]
-    found = strays(run.output, [edge for _, edge in reached], lambda _, g, i: [g[:i], g[i + 1 :]])
-    return frozenset(reached[index][0] for index in found)
-
-
 def _check_independence(few: Tensor, among_others: Tensor) -> None:
     """Refuse a model whose output for a sample depends on the rest of its batch."""
     common = min(len(few), len(among_others))
@@ -172,6 +182,10 @@ def _check_independence(few: Tensor, among_others: Tensor) -> None:
         "model: a sample's output changes with the other samples of its batch, so it has no Jacobian a sample; axis 0 "
         "must be the samples (batch_first=True for attention and recurrent layers), and nothing may mix them"
     )
+
+
+def _bytes_of(batch: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(batch))
 
 
 def _widths(nodes: Iterable[Node]) -> list[int]:
@@ -200,25 +214,35 @@ class _Chunks:
         if self.n > 1:
             with preserve_state(model):
                 self._few = _probe(model, take(x, slice(0, 2)), parameters, with_input, forward)
-            self.ambiguous = _touched_by_others(self._few)
 
-    def size(self, cotangents: int | None, own_roots: bool, keep_cotangents: bool) -> int:
-        """How many samples at a time."""
+    def plan(self, cotangents: int | None, own_roots: bool, keep_cotangents: bool) -> ChunkPlan | None:
+        """How samples are chunked; ``None`` for a single one."""
         if self._few is None:
-            return self.n
+            return None
         few = self._few
-        calls, outputs = few.calls, few.output[0].numel()
+        inputs = [call.inputs.numel() for call in few.calls]
         widths = _widths(first_with_samples(few.graph, self._parameters, None)) or [0]
-        held = sum(widths) + (sum(c.inputs.numel() for c in calls) if self._with_input else 0)
-        count = outputs if cotangents is None else cotangents
-        entry = few.output.element_size()
-        widest = max(max(widths), max((c.inputs.numel() for c in calls), default=0))
-        kept = (count if self._with_input or keep_cotangents else 1) * (held // 2)
-        rooted = (3 * count if own_roots else 0) * outputs
-        per_sample = few.saved_bytes // 2 + entry * (2 * kept + 2 * widest + rooted)
-        return max(1, min(self.n, self._max_memory // max(per_sample, 1)))
+        outputs = few.output[0].numel()
+        kept = sum(widths) if keep_cotangents else 0
+        if self._with_input:
+            kept += sum(inputs)
+        return ChunkPlan(
+            max_memory=self._max_memory,
+            saved=few.saved_bytes // 2,
+            given=min(few.saved_bytes // 2, _bytes_of(take(self._x, slice(0, 1)))),
+            entry=few.output.element_size(),
+            outputs=outputs,
+            sites=sum(widths) // 2,
+            widest=max(*widths, few.output.numel()) // 2,
+            cotangents=outputs if cotangents is None else cotangents,
+            at_once=_together(few.output.device, self._max_memory),
+            roots=3 if own_roots else 0,
+            kept=kept // 2,
+            parameters=sum(p.numel() * p.element_size() for p in self._parameters.values()),
+            frugal=not (self._with_input or keep_cotangents),
+        )
 
-    def linearize(self, start: int, stop: int) -> Linearization:
+    def linearize(self, start: int, stop: int, together: int | None) -> Linearization:
         """The chunk of these samples."""
         part = self._x if (start, stop) == (0, self.n) else take(self._x, slice(start, stop))
         with preserve_state(self._model):
@@ -248,6 +272,7 @@ class _Chunks:
             max_memory=self._max_memory,
             misplaced=doubtful,
             widest=max([run.output.numel(), *_widths(uses.sites)]),
+            together=together,
         )
 
     def _inspect(self, part: Any, run: _Run, n: int) -> None:
@@ -257,18 +282,22 @@ class _Chunks:
         model, output = self._model, run.output.detach()
         with preserve_state(model):
             if n <= 2:  # another number of samples, to tell their axis from others
-                other = _run(model, take(self._x, [0, 1, 0]), False, self._forward)
-                first = _run(model, take(self._x, slice(0, 1)), False, self._forward).output
+                other = _outline(model, take(self._x, [0, 1, 0]), self._forward)
+                first = _outline(model, take(self._x, slice(0, 1)), self._forward).output
             else:
                 other, first = run, few.output
         _check_independence(first.detach(), output)
         if n > 2:  # what only flows forward along the batch never reaches its first samples
             with preserve_state(model):
-                last = _run(model, take(part, slice(n - 1, n)), False, self._forward).output
+                last = _outline(model, take(part, slice(n - 1, n)), self._forward).output
             _check_independence(last.detach(), output[-1:])
         self._layouts = compare_batches(few.graph, 2, other.graph, len(other.output))
-        if self._layouts is not None:
-            check_layouts(few.output, few.graph, self._layouts, self._parameters)
+        # Shapes cannot tell a sequence axis of the same length, or samples in another order, from the samples' axis.
+        # Each sample is tried: one that reads only the matching position would pass alone.
+        reached = [(c.name, c.output_edge) for c in few.calls if c.output_edge is not None]
+        edges = [edge for _, edge in reached]
+        found = check_layouts(few.output, few.graph, self._layouts, self._parameters, edges)
+        self.ambiguous = frozenset(reached[index][0] for index in found)
 
 
 def linearizations(
@@ -300,11 +329,20 @@ def linearizations(
         ValueError: one sample's input rows alone exceed ``max_memory``; non-finite or random outputs.
     """
     chunks = _Chunks(model, x, parameters, with_input, max_memory, forward)
-    size = chunks.size(cotangents, own_roots, keep_cotangents)
+    plan = chunks.plan(cotangents, own_roots, keep_cotangents)
+    size, together = 1, None
+    if plan is not None:
+        size, together = plan.samples(chunks.n), plan.block(chunks.n)
+        note(plan)
     for start in range(0, chunks.n, size):
-        lin = chunks.linearize(start, min(start + size, chunks.n))
+        lin = chunks.linearize(start, min(start + size, chunks.n), together)
         yield lin
         del lin  # before the next chunk is linearized
+
+
+def _together(device: torch.device, max_memory: int) -> int:
+    """Bytes of the widest place up to which several cotangents go through one pass."""
+    return _CACHE_BYTES if device.type == "cpu" else max_memory // 16
 
 
 def pull_back(
@@ -322,8 +360,8 @@ def pull_back(
         Blocks are batched (one vectorized backward pass) while the work is small, single otherwise.
     """
     k = len(roots)
-    cache = _CACHE_BYTES if roots.device.type == "cpu" else lin.max_memory // 16
-    block = max(1, min(k, cache // max(1, lin.widest * roots.element_size())))
+    cache = _together(roots.device, lin.max_memory)
+    block = max(1, min(k, lin.together or k, cache // max(1, lin.widest * roots.element_size())))
     for start in range(0, k, block):
         part = roots[start : start + block]
         found: tuple[Tensor | None, ...] | None = None

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from flatkern.graph import Graph, Layouts, first_with_samples
+from flatkern.layers.rule import Layout
 
 __all__ = ["check_layouts", "strays"]
 
@@ -40,25 +41,46 @@ def strays(
     return frozenset(index for (index, _), flag in zip(marks, flags, strict=True) if flag)
 
 
-def check_layouts(output: Tensor, graph: Graph, layouts: Layouts, parameters: Mapping[str, Tensor]) -> None:
+def check_layouts(
+    output: Tensor,
+    graph: Graph,
+    layouts: Layouts | None,
+    parameters: Mapping[str, Tensor],
+    rows: Sequence[GradientEdge] = (),
+) -> frozenset[int]:
     """Drop the layouts that cotangents of single samples contradict, at all operations that parameters reach first.
 
     A flattened axis of which no view tells the order has one candidate an order; an operation that keeps several, or
     none, is not certain, and its parameters take the fall-back.
+
+    Args:
+        output, graph: of a run on few samples.
+        layouts: changed in place; ``None``: there are none.
+        parameters: the selected ones, by name.
+        rows: further places, tried in the same passes for samples on axis 0.
+
+    Returns:
+        Which of ``rows`` show another sample's cotangent.
     """
-    reached = [graph.index[node] for node in first_with_samples(graph, parameters, layouts)]
-    places = [i for i in reached if layouts.by_index[i]]
-    candidates = [(i, layout) for i in places for layout in layouts.by_index[i] or ()]
+    places: list[int] = []
+    candidates: list[tuple[int, Layout]] = []
+    if layouts is not None:
+        reached = [graph.index[node] for node in first_with_samples(graph, parameters, layouts)]
+        places = [i for i in reached if layouts.by_index[i]]
+        candidates = [(i, layout) for i in places for layout in layouts.by_index[i] or ()]
     edges = [GradientEdge(graph.nodes[i], 0) for i, _ in candidates]
     n = len(output)
 
     def others(index: int, g: Tensor, sample: int) -> list[Tensor]:
+        if index >= len(edges):
+            return [g[:sample], g[sample + 1 :]]
         by_sample = candidates[index][1].samples_first(g.unsqueeze(0), n)[0]
         return [by_sample[:sample], by_sample[sample + 1 :]]
 
-    wrong = strays(output, edges, others)
+    wrong = strays(output, [*edges, *rows], others)
     for i in places:
-        kept = [
+        assert layouts is not None
+        layouts.by_index[i] = tuple(
             layout for index, (place, layout) in enumerate(candidates) if place == i and index not in wrong
-        ]
-        layouts.by_index[i] = tuple(kept)
+        )
+    return frozenset(index - len(edges) for index in wrong if index >= len(edges))

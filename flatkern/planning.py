@@ -15,6 +15,7 @@ import torch
 from flatkern.allocation import AllocationMeter
 from flatkern.estimators.common import row_bytes, square_operator
 from flatkern.estimators.footprint import FOOTPRINTS
+from flatkern.measured_calls import MEASURED, measured
 from flatkern.operators import fisher, ggn, hessian
 from flatkern.operators.base import LinearOperator
 from flatkern.operators.batches import OperatorData
@@ -31,7 +32,8 @@ class Plan:
 
     what: str
     passes: int
-    """Passes over the data: products times one each for an operator over data, or the passes of making one."""
+    """Passes over the data: products times one each for an operator over data, the passes of making one, or cotangents
+    and probes a sample."""
     matvecs: int
     """Products with the operator; 0 for making an operator."""
     bytes: int
@@ -56,7 +58,9 @@ def plan(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
     For ``fk.trace``, ``diagonal``, ``eigsh``, ``spectral_density``, ``logdet``, ``trace_function`` and ``solve``: the
     products the arguments ask for (where a tolerance decides, the most that ``max_matvecs`` allows), the vectors kept,
     and memory and time of a product, measured on two products with the operator. For ``fk.hessian``, ``ggn`` and
-    ``fisher``: graph and time of the first batch, measured, times the number of batches.
+    ``fisher``: graph and time of the first batch, measured, times the number of batches. For ``fk.sharpness``,
+    ``ggn_trace``, ``gradient_norms``, ``hessian_trace``, ``geometry`` and ``kfac``: the call itself on a few samples,
+    carried over to all of them by the code's own plan of chunks.
 
     Args:
         fn: one of these functions.
@@ -66,7 +70,8 @@ def plan(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
         A :class:`Plan`; ``print`` it. Bytes are those of tensors; what an operation allocates inside itself is not
         seen, nor is vector work beside the products in ``seconds``.
 
-    Cost: two or three products with the operator, or two runs of the first batch.
+    Cost: two or three products with the operator, two runs of the first batch, or two or three runs of at most 32
+    samples (4 where no more fit).
 
     Raises:
         TypeError, ValueError: a function there is no plan for; arguments it does not take.
@@ -88,7 +93,18 @@ def plan(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
         return _estimator(fn, dict(bound.arguments))
     if fn in _OPERATORS:
         return _operator(fn, dict(bound.arguments))
-    known = ", ".join(sorted(f.__name__ for f in (*FOOTPRINTS, *_OPERATORS)))
+    if fn in MEASURED:
+        found = measured(fn, dict(bound.arguments))
+        return Plan(
+            what=fn.__name__,
+            passes=found.passes,
+            matvecs=found.matvecs,
+            bytes=found.bytes,
+            seconds=found.seconds,
+            at_most=False,
+            notes=found.notes,
+        )
+    known = ", ".join(sorted(f.__name__ for f in (*FOOTPRINTS, *_OPERATORS, *MEASURED)))
     raise ValueError(f"fn: there is no plan for {getattr(fn, '__name__', fn)!r}; there is one for {known}")
 
 

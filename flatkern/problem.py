@@ -20,6 +20,7 @@ __all__ = [
     "check_model",
     "check_output",
     "differentiation",
+    "is_pair",
     "model_device",
     "preserve_state",
     "select_parameters",
@@ -109,7 +110,7 @@ class Layout:
             raise ValueError(f"vector: expected [{self.size}] or [k, {self.size}], got {tuple(vector.shape)}")
         lead = vector.shape[:-1]
         return {
-            name: vector[..., self.slices[name]].reshape(*lead, *self.shapes[name]) for name in self.names
+            name: vector[..., self.slices[name]].reshape((*lead, *self.shapes[name])) for name in self.names
         }
 
 
@@ -122,7 +123,7 @@ class Batches:
     def __init__(self, data: Any, device: torch.device) -> None:
         self.device = device
         self._source: Iterable[Any]
-        if _is_pair(data):
+        if is_pair(data):
             self._source = [data]
         elif isinstance(data, Tensor) or not hasattr(data, "__iter__"):
             raise TypeError(
@@ -136,7 +137,7 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         empty = True
         for item in self._source:
-            if not _is_pair(item):
+            if not is_pair(item):
                 raise TypeError(f"data: every batch must be a pair of tensors (x, y), got {_describe(item)}")
             x, y = item[0].to(self.device), item[1].to(self.device)
             if x.ndim == 0 or len(x) == 0:
@@ -149,7 +150,8 @@ class Batches:
             raise ValueError("data: no batch in it")
 
 
-def _is_pair(item: Any) -> bool:
+def is_pair(item: Any) -> bool:
+    """Whether it is one batch: two tensors."""
     return isinstance(item, (tuple, list)) and len(item) == 2 and all(isinstance(t, Tensor) for t in item)
 
 
@@ -240,7 +242,10 @@ def check_input(x: Tensor, *, differentiable: bool, name: str = "x") -> None:
 def check_output(model: nn.Module, output: Any, n: int) -> Tensor:
     """Refuse outputs that are not one tensor of n samples, or not finite (naming the bad parameter)."""
     if not isinstance(output, Tensor):
-        raise TypeError(f"model: its output must be one tensor, got {type(output).__name__}; wrap the model")
+        raise TypeError(
+            f"model: its output must be one tensor, got {type(output).__name__}; wrap the model, or say "
+            "forward=(model, batch) -> (output, target) where that is an argument"
+        )
     if output.ndim == 0 or output.shape[0] != n:
         raise ValueError(
             f"model: output shape {tuple(output.shape)} does not start with the number of samples, {n}"

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flatkern.problem import preserve_state
+from flatkern.samples import count_samples, take
 from flatkern.tape import Tape, UnsupportedError, Value, record
 
-__all__ = ["SampleAxis", "footprint", "sample_axes"]
+__all__ = ["FEW", "SampleAxis", "footprint", "sample_axes"]
 
 FEW = 3
 """Samples of the small run."""
@@ -48,24 +50,34 @@ class SampleAxis:
 
 
 def footprint(tape: Tape) -> int:
-    """Bytes of all values of a run but parameters."""
-    return sum(v.tensor.numel() * v.tensor.element_size() for v in tape.values if v.parameter is None)
+    """Bytes of all values of a run but parameters; views are no bytes of their own."""
+    owned = {v.tensor.untyped_storage().data_ptr() for v in tape.values if v.parameter is not None}
+    storages = {(s := v.tensor.untyped_storage()).data_ptr(): s.nbytes() for v in tape.values}
+    return sum(size for place, size in storages.items() if place not in owned)
 
 
 def sample_axes(
-    model: nn.Module, x: Tensor, parameters: Mapping[str, Tensor], few: int = FEW
+    model: nn.Module,
+    x: Any,
+    parameters: Mapping[str, Tensor],
+    forward: Callable[[nn.Module, Any], tuple[Tensor, Any]] | None = None,
+    few: int = FEW,
+    wanted: Callable[[Tape], bool] = lambda _: True,
 ) -> tuple[Tape, dict[int, tuple[int, bool]]]:
     """Find the samples' axis in every differentiable value, on the first few samples.
 
-    The cotangents of values that belong to sample i are scaled by 2^i, exactly, when the output's are.
+    The cotangents of values that belong to sample i are scaled by 2^i, exactly, when the output's are. With ``few`` 1
+    there is nothing to find; nothing is looked for either where ``wanted`` says no of the run's tape.
 
     Returns:
         The small run's tape, and (axis, innermost) by index of the value; values are absent that no axis fits.
     """
-    m = min(few, len(x))
+    m = min(few, count_samples(x))
     with preserve_state(model):
-        tape, output = record(model, x[:m], parameters)
+        tape, output = record(model, take(x, slice(0, m)), parameters, forward)
     found: dict[int, tuple[int, bool]] = {}
+    if not wanted(tape):
+        return tape, found
     values = [v for v in tape.values if v.edge is not None]
     if output.grad_fn is None or not values:
         return tape, found
@@ -73,6 +85,8 @@ def sample_axes(
     root = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
     weights = 2.0 ** torch.arange(m, dtype=output.dtype, device=output.device)
     scaled = root * weights.reshape(m, *[1] * (output.ndim - 1))
+    if m == 1:  # everything is its own
+        return tape, {v.index: (0, False) for v in values if v.tensor.ndim}
     plain, other = (_cotangents(output, values, r) for r in (root, scaled))
     for value, g, h in zip(values, plain, other, strict=True):
         if g is not None and h is not None:

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["count_samples", "take"]
+__all__ = ["count_samples", "take", "tensors_in"]
+
+
+def tensors_in(batch: Any) -> list[Tensor]:
+    """All tensors in a batch: mappings, lists and tuples are searched."""
+    if isinstance(batch, Tensor):
+        return [batch]
+    parts: Iterable[Any] = ()
+    if isinstance(batch, Mapping):
+        parts = batch.values()
+    elif isinstance(batch, (list, tuple)):
+        parts = batch
+    return [tensor for part in parts for tensor in tensors_in(part)]
 
 
 def count_samples(batch: Any) -> int:

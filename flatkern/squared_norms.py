@@ -74,7 +74,7 @@ def parameter_squared_norms(
             with torch.no_grad():
                 for name in lin.uses.by_parameter:
                     for term in lin.uses.terms(name, parameters[name], cotangents):
-                        norms[name] += term.squared_norms(lin.max_memory)
+                        norms[name] += term.squared_norms(lin.scratch)
             for index, cotangent in enumerate(found[len(edges) :]):
                 if cotangent is not None:
                     rows[index] = with_rows(rows[index], cotangent, block, len(roots))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from flatkern.gradient_rows import GradientRows, gram
-from flatkern.linearize import budget
+from flatkern.linearize import Forward, budget
+from flatkern.loss_data import LossData
 from flatkern.losses import identity_cotangents
 from flatkern.problem import (
     ParameterSelection,
@@ -18,6 +22,7 @@ from flatkern.problem import (
     preserve_state,
     select_parameters,
 )
+from flatkern.samples import count_samples, take
 
 __all__ = ["ntk"]
 
@@ -25,10 +30,11 @@ __all__ = ["ntk"]
 @differentiation()
 def ntk(
     model: nn.Module,
-    x: Tensor,
-    x2: Tensor | None = None,
+    x: Any,
+    x2: Any = None,
     *,
     params: ParameterSelection = None,
+    forward: Forward | None = None,
     max_memory: int | None = None,
 ) -> Tensor:
     """The empirical neural tangent kernel K[(i, c), (j, d)] = ⟨∂f_c(x_i)/∂θ, ∂f_d(x'_j)/∂θ⟩, exact.
@@ -41,9 +47,11 @@ def ntk(
 
     Args:
         model: any module [n, ...] → [n, ...] whose samples do not interact; left exactly as found.
-        x: inputs with the samples on axis 0; floating point, or integers (token ids).
+        x: inputs with the samples on axis 0; floating point, or integers (token ids). With ``forward`` one batch of any
+            kind.
         x2: other inputs [m, ...] for the columns; default ``x``, where half of the matrix is computed.
         params: names or globs of parameters; default all with ``requires_grad``; a tied tensor counts once.
+        forward: (model, batch) → (output, anything), where the model is not simply called.
         max_memory: bytes of the working set beside the result; default 1 GiB. Samples are chunked to fit, and pulled
             back again where the two sides do not fit together. A result larger than it is refused.
 
@@ -73,21 +81,32 @@ def ntk(
     check_model(model)
     limit, device = budget(max_memory), model_device(model)
     parameters = select_parameters(model, params)
-    check_input(x, differentiable=False)
-    if x2 is not None:
-        check_input(x2, differentiable=False, name="x2")
     sides, sizes = [], []
-    for value in (x,) if x2 is None else (x, x2):
-        value = value.detach().to(device)
+    for name, value in (("x", x), ("x2", x2)):
+        if name == "x2" and value is None:
+            continue
+        batches: Iterable[tuple[Any, Any]]
+        if forward is None:
+            check_input(value, differentiable=False, name=name)
+            batches, checked = [(value.detach().to(device), None)], None
+        else:
+            data = LossData(model, value, forward)
+            batches, checked = data, data.forward
+        inputs = [part for part, _ in batches]
+        if len(inputs) != 1:
+            raise ValueError(f"{name}: expected one batch, got {len(inputs)}; put them together")
+        first = take(inputs[0], slice(0, 1))
         with preserve_state(model), torch.no_grad():
-            outputs = check_output(model, model(value[:1].clone()), 1).numel()
-        sizes.append(len(value) * outputs)
+            output = model(first.clone()) if checked is None else checked(model, first)[0]
+            outputs = check_output(model, output, 1).numel()
+        sizes.append(count_samples(inputs[0]) * outputs)
         sides.append(
             GradientRows(
                 model,
-                [(value, None)],
+                batches,
                 parameters,
                 lambda output, _target, _start: identity_cotangents(output),
+                forward=checked,
                 own_roots=False,
             )
         )

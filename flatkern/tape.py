@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -56,10 +57,10 @@ class Op:
         name: str = self.func.overloadpacket.__name__
         return name[:-1] if self.in_place else name
 
-    @property
-    def inputs(self) -> list[Value]:
+    @cached_property
+    def inputs(self) -> tuple[Value, ...]:
         """All values among the arguments."""
-        return list(_values((self.args, self.kwargs)))
+        return tuple(_values((self.args, self.kwargs)))
 
     @property
     def output(self) -> Value:
@@ -88,6 +89,8 @@ class Tape:
     output: Value | None = None
     scalars: set[int] = field(default_factory=set)
     """Indices of values that left the tape as Python numbers."""
+    target: Any = None
+    """What ``forward`` gave beside the output."""
 
     @property
     def final(self) -> Value:
@@ -218,13 +221,19 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def record(model: nn.Module, x: Tensor, parameters: Mapping[str, Tensor]) -> tuple[Tape, Tensor]:
+def record(
+    model: nn.Module,
+    x: Any,
+    parameters: Mapping[str, Tensor],
+    forward: Callable[[nn.Module, Any], tuple[Tensor, Any]] | None = None,
+) -> tuple[Tape, Tensor]:
     """Run the model and note its operations.
 
     Args:
         model: left as found by the caller's ``preserve_state``.
-        x: inputs; the model gets a copy.
+        x: inputs, of which the model gets a copy; or a batch that ``forward`` understands.
         parameters: tensors to be recognised, by name.
+        forward: (model, batch) → (output, target), instead of calling the model.
 
     Returns:
         The tape, and the output with its autograd graph.
@@ -233,8 +242,10 @@ def record(model: nn.Module, x: Tensor, parameters: Mapping[str, Tensor]) -> tup
         UnsupportedError: the run cannot be represented.
     """
     recorder = _Recorder(parameters)
-    value = (x.clone() if x.is_inference() else x.detach()).clone()
-    recorder.tape.inputs = recorder._new(value)
+    value = None
+    if forward is None:
+        value = (x.clone() if x.is_inference() else x.detach()).clone()
+        recorder.tape.inputs = recorder._new(value)
     recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -242,7 +253,10 @@ def record(model: nn.Module, x: Tensor, parameters: Mapping[str, Tensor]) -> tup
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.enter_context(recorder)
-        output = model(value)
+        if forward is None:
+            output = model(value)
+        else:
+            output, recorder.tape.target = forward(model, x)
     if not isinstance(output, Tensor):
         raise UnsupportedError("the model's output is not one tensor")
     return recorder.finish(output), output

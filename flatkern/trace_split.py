@@ -11,79 +11,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flatkern.chunk_plan import frugal_limit, note
 from flatkern.estimators import trace
-from flatkern.estimators.common import check_count
 from flatkern.flatness import ggn_trace
+from flatkern.linearize import Forward
+from flatkern.loss_data import LossData
 from flatkern.losses import Loss, Reduction
 from flatkern.operators import hessian
-from flatkern.problem import (
-    Batches,
-    check_input,
-    model_device,
-)
 from flatkern.residual import Chunk, Sites, Twice, linearize
 from flatkern.results import Estimate, HessianTrace
-from flatkern.sample_axis import footprint, sample_axes
-from flatkern.tape import UnsupportedError
+from flatkern.sample_axis import FEW, footprint, sample_axes
+from flatkern.samples import count_samples, take
+from flatkern.tape import Tape, UnsupportedError
+from flatkern.trace_goal import Goal, Sampled, Spread
 
-__all__ = ["Goal", "Split"]
+__all__ = ["Split"]
 
 PILOT_SAMPLES = 64
 """The pilot runs on this many samples of the first batch, spread over it."""
 PILOT_PROBES = 4
 PILOT_FREEDOM = 192
 """Degrees of freedom of the pilot's spread, at least: few samples take more probes."""
-RESERVE = 1.5
-"""Planned probes over those the pilot's spread asks for, which is itself known to some 10 % only."""
 SECOND_PILOT = 16
 """Where more probes than this are planned, a pilot on all samples plans again."""
 PROBES_A_PRODUCT = 6
 """What a Hessian-vector product costs in probes, about."""
-COPIES = 6
+COPIES = 5
 """Memory of a chunk over that of its intermediate values: graph, cotangents, tangents and temporaries."""
-
-
-@dataclass(frozen=True)
-class Goal:
-    """What the user asked for."""
-
-    rtol: float | None
-    atol: float | None
-    samples: int | None
-    max_samples: int
-
-    def __post_init__(self) -> None:
-        check_count(self.max_samples, "max_samples", least=2)
-        if self.samples is not None:
-            check_count(self.samples, "samples", least=2)
-        elif self.rtol is None and self.atol is None:
-            object.__setattr__(self, "rtol", 0.01)
-
-    @property
-    def given(self) -> bool:
-        """Whether there is a tolerance to meet."""
-        return self.rtol is not None or self.atol is not None
-
-    def tolerance(self, value: float) -> float:
-        """The standard error aimed at, given the trace."""
-        return max((self.rtol or 0.0) * abs(value), self.atol or 0.0)
-
-
-@dataclass
-class _Sampled:
-    """Σ over chunks: per sample the mean of its values and their variance; a row a layer, or one for all."""
-
-    means: list[Tensor] = field(default_factory=list)
-    variances: list[Tensor] = field(default_factory=list)
-    totals: Tensor | None = None
-    weight: float = 0.0
-
-    def add(self, values: Tensor) -> None:
-        """``values`` [k, rows, n]."""
-        self.means.append(values.mean(0))
-        self.variances.append(values.var(0) if len(values) > 1 else torch.zeros_like(values[0]))
-        total = values.sum((1, 2))
-        self.totals = total if self.totals is None else self.totals + total
 
 
 @dataclass
@@ -100,9 +54,11 @@ class Split:
     generator: torch.Generator
     max_memory: int
     per_layer: bool
+    forward: Forward | None = None
     verdicts: dict[str, str] = field(default_factory=dict)
     """Parameters not proven, with the reason."""
     refused: dict[str, str] = field(default_factory=dict)
+    _axes: dict[Any, dict[bool, tuple[Tape, dict[int, tuple[int, bool]]]]] = field(default_factory=dict)
 
     def unsuitable(self) -> str:
         """Why this loss or model takes the plain estimator; empty where it does not."""
@@ -122,6 +78,7 @@ class Split:
             self.data,
             params=list(self.parameters) if names is None else names,
             reduction=self.reduction,
+            forward=self.forward,
             max_memory=self.max_memory,
         )
         found = trace(
@@ -161,14 +118,18 @@ class Split:
             self.loss_fn,
             self.data,
             params=list(ours),
+            forward=self.forward,
+            rtol=0.02 if self.goal.rtol is None else min(0.5, self.goal.rtol / 2**0.5),
+            seed=int(self.generator.get_state().long().sum()),  # without drawing from it
             per_layer=self.per_layer,
             max_memory=self.max_memory,
         )
         assert ggn.num_data is not None
         assert ggn.per_sample is not None
-        planned, variance = self._plan(pilot, ggn)
+        planned = self._plan(pilot.scaled(ggn.num_data), ggn)
+        drawing = pilot.variance > 0
         if not probes and planned > SECOND_PILOT and ggn.num_data > PILOT_SAMPLES:
-            planned, variance = self._plan_on_all(method, ggn)
+            planned = self._plan(self._sample(method, PILOT_PROBES)[0].spread(), ggn)
         size = sum(p.numel() for p in self.parameters.values())
         if method == "auto" and not probes and not self.per_layer and PROBES_A_PRODUCT * size <= planned:
             return self.plain(f"{size} parameters, fewer than probes", started, outright=True)
@@ -180,7 +141,7 @@ class Split:
         mean = torch.cat(sampled.means, -1) / denominator  # [rows, n]
         spread = torch.cat(sampled.variances, -1) / (denominator**2 * used)
         residual = mean.sum(0)
-        stderr = float(spread.sum()) ** 0.5
+        stderr = math.hypot(float(spread.sum()) ** 0.5, ggn.stderr)
         value = ggn.value + float(residual.sum())
         per_sample = ggn.per_sample + n * residual.to(ggn.per_sample)
         rest: HessianTrace | None = None
@@ -195,13 +156,13 @@ class Split:
             notes.append(f"max_samples allowed {used} probes; {planned} were planned")
         elif not met:
             notes.append("the probes spread more than the pilot's did; run again with more samples")
-        drawn = stderr > 0 or bool(variance)
+        drawn = stderr > 0 or drawing
         by_layer = self._by_layer(ggn, mean, spread, layers) if self.per_layer else None
         return HessianTrace(
             value=value,
             stderr=stderr,
             sample_stderr=None if rest is not None else _over_samples(per_sample, spread.sum(0) * n**2),
-            method=self._describe(how if drawn or self.verdicts else "", used),
+            method=self._describe(how if drawn or self.verdicts else "", used, ggn),
             num_data=n,
             matvecs=0 if rest is None else rest.matvecs,
             passes=ggn.passes + 1 + (used if drawn else 0),
@@ -212,16 +173,24 @@ class Split:
             else ggn.value + sampled.totals.cpu() / denominator,
             per_sample=None if rest is not None else per_sample,
             per_layer=None if by_layer is None else by_layer[0],
-            per_layer_stderr=None if by_layer is None else by_layer[1],
+            # how a sketch's error splits by layer is not known
+            per_layer_stderr=None if by_layer is None or ggn.stderr else by_layer[1],
             notes=tuple(dict.fromkeys(notes)),
-            exact=tuple(n for n in self.parameters if n not in self.verdicts),
-            sampled={n: self.verdicts[n] for n in self.parameters if n in self.verdicts},
+            exact=() if ggn.stderr else tuple(n for n in self.parameters if n not in self.verdicts),
+            sampled={
+                n: self.verdicts.get(n, "many outputs: the Gauss-Newton part is sketched")
+                for n in self.parameters
+                if n in self.verdicts or ggn.stderr
+            },
         )
 
-    def _describe(self, how: str, probes: int) -> str:
+    def _describe(self, how: str, probes: int, ggn: Estimate) -> str:
+        sketched = f"{ggn.passes} sign sketches of the GGN trace" if ggn.stderr else ""
         if not self.verdicts:
-            return "exact (ghost norms; outputs piecewise affine in every parameter entry)"
-        text = f"exact GGN trace + residual of {len(self.verdicts)} of {len(self.parameters)} parameters: "
+            affine = "outputs piecewise affine in every parameter entry"
+            return f"{sketched}; {affine}" if sketched else f"exact (ghost norms; {affine})"
+        text = sketched or "exact GGN trace"
+        text += f" + residual of {len(self.verdicts)} of {len(self.parameters)} parameters: "
         text += "closed form" if how == "exact" else f"{probes} probes ({how})"
         return text + (f", Hutchinson for {', '.join(self.refused)}" if self.refused else "")
 
@@ -236,20 +205,18 @@ class Split:
             errors[layer] = float(s.sum()) ** 0.5
         return values, errors
 
-    def _pilot(self, method: str) -> tuple[float, float, float]:
-        """Sums of means and variances a sample, and the denominator's part of one sample, on a few samples."""
-        for x, y in Batches(self.data, model_device(self.model)):
-            step = max(1, len(x) // PILOT_SAMPLES)
-            few = torch.arange(0, len(x), step, device=x.device)[:PILOT_SAMPLES]
-            x, y = x[few], y[few]
-            check_input(x, differentiable=False)
-            check_input(y, differentiable=False, name="y")
+    def _pilot(self, method: str) -> Spread:
+        """On a few samples, a sample."""
+        for x, y in LossData(self.model, self.data, self.forward):
+            n = count_samples(x)
+            few = list(range(0, n, max(1, n // PILOT_SAMPLES)))[:PILOT_SAMPLES]
+            n, x, y = len(few), take(x, few), None if y is None else y[few]
             total, spread, weight = 0.0, 0.0, 0.0
             # with a number of probes given, only the verdict is wanted
-            least = max(PILOT_PROBES, 1 + math.ceil(PILOT_FREEDOM / len(x)))
+            least = max(PILOT_PROBES, 1 + math.ceil(PILOT_FREEDOM / n))
             wanted = least if self.goal.samples is None else 0
-            for chunk, part, target in self._chunks(x, y):
-                evaluator, part_weight = self._evaluator(chunk, part, target, method)
+            for chunk, target in self._chunks(x, y):
+                evaluator, part_weight = self._evaluator(chunk, target, method)
                 self.refused.update(chunk.refused)
                 weight += part_weight
                 if evaluator is not None and wanted:
@@ -257,38 +224,20 @@ class Split:
                         [evaluator.draw(self.generator) for _ in range(2 if evaluator.exact else wanted)]
                     )
                     total, spread = total + float(values.mean(0).sum()), spread + float(values.var(0).sum())
-            return total / len(x), spread / len(x), weight / len(x)
+            return Spread(total, spread, weight).scaled(1 / n)
         raise ValueError("data: no batch in it")
 
-    def _plan(self, pilot: tuple[float, float, float], ggn: Estimate) -> tuple[int, float]:
-        mean, spread, weight = pilot
-        n = ggn.num_data or 1
-        denominator = weight * n if self.loss.reduction == "mean" else 1.0
-        # (the parts of one sample, so that the pilot's samples stand for all)
-        if not denominator > 0 or spread == 0.0:
-            return 2, 0.0
-        variance = spread * n / denominator**2
-        tolerance = self.goal.tolerance(ggn.value + mean * n / denominator)
-        if self.refused:
-            tolerance /= 2**0.5
-        if tolerance == 0.0:
-            return self.goal.max_samples + 1, variance
-        return max(2, math.ceil(RESERVE * variance / tolerance**2)), variance
+    def _plan(self, spread: Spread, ggn: Estimate) -> int:
+        denominator = spread.weight if self.loss.reduction == "mean" else 1.0
+        share = 0.5 if self.refused else 1.0
+        return self.goal.probes(spread, ggn.value, denominator, share=share, taken=ggn.stderr)
 
-    def _plan_on_all(self, method: str, ggn: Estimate) -> tuple[int, float]:
-        sampled, _, _ = self._sample(method, PILOT_PROBES)
-        n = ggn.num_data or 1
-        parts = (sum(float(t.sum()) for t in tensors) / n for tensors in (sampled.means, sampled.variances))
-        mean, spread = parts
-        return self._plan((mean, spread, sampled.weight / n), ggn)
-
-    def _sample(self, method: str, probes: int) -> tuple[_Sampled, str, tuple[str, ...]]:
-        sampled, how = _Sampled(), "exact"
+    def _sample(self, method: str, probes: int) -> tuple[Sampled, str, tuple[str, ...]]:
+        sampled, how = Sampled(), "exact"
         layers: tuple[str, ...] | None = None
-        for x, y in Batches(self.data, model_device(self.model)):
-            check_input(x, differentiable=False)
-            for chunk, part, target in self._chunks(x, y):
-                evaluator, weight = self._evaluator(chunk, part, target, method)
+        for x, y in LossData(self.model, self.data, self.forward):
+            for chunk, target in self._chunks(x, y):
+                evaluator, weight = self._evaluator(chunk, target, method)
                 sampled.weight += weight
                 unknown = set(chunk.refused) - set(self.refused)
                 if unknown:
@@ -296,7 +245,7 @@ class Split:
                 n = len(chunk.output)
                 if evaluator is None:
                     rows = 1 if layers is None else len(layers)
-                    values = torch.zeros(2, rows, n, dtype=torch.float64, device=part.device)
+                    values = torch.zeros(2, rows, n, dtype=torch.float64, device=chunk.output.device)
                 elif self.per_layer:
                     assert isinstance(evaluator, Twice)
                     layers = evaluator.layers if layers is None else layers
@@ -315,21 +264,41 @@ class Split:
                 sampled.add(values if len(values) == probes else values[:1].expand(probes, -1, -1))
         return sampled, how, layers or ()
 
-    def _chunks(self, x: Tensor, y: Tensor) -> Iterator[tuple[Chunk, Tensor, Tensor]]:
-        small, places = sample_axes(self.model, x, self.parameters)
-        size = COPIES * footprint(small) // max(1, len(small.final.tensor))
-        step = max(1, self.max_memory // max(size, 1))
-        for start in range(0, len(x), step):
-            part, target = x[start : start + step], y[start : start + step]
-            chunk = linearize(self.model, part, self.parameters, small, places)
+    def _chunks(self, x: Any, y: Tensor | None) -> Iterator[tuple[Chunk, Tensor]]:
+        forward = LossData(self.model, self.data, self.forward).forward
+        n = count_samples(x)
+        own = sum(p.numel() * p.element_size() for p in self.parameters.values())
+
+        def plan(tape: Tape) -> _Recorded:
+            return _Recorded(self.max_memory, footprint(tape) // max(1, len(tape.final.tensor)), own)
+
+        # batches of one kind share the small runs (of each chunk it is checked that the operations are the same)
+        kind = (x.shape[1:], x.dtype, min(n, FEW)) if isinstance(x, Tensor) else None
+        runs = self._axes.get(kind, {}) if kind is not None else {}
+        if kind is not None:
+            self._axes[kind] = runs
+        if False not in runs:
+            # where one sample is a chunk, its cotangents for several at once would be the peak
+            runs[False] = sample_axes(
+                self.model, x, self.parameters, forward, wanted=lambda tape: plan(tape).samples(n) > 1
+            )
+        chunks = plan(runs[False][0])
+        note(chunks)
+        step = chunks.samples(n)
+        if step == 1:
+            del runs[False]
+        for start in range(0, n, step):
+            part = slice(start, min(start + step, n))
+            alone = part.stop - start == 1  # a batch of one may take other operations (expand does nothing)
+            if alone not in runs:
+                runs[alone] = sample_axes(self.model, x, self.parameters, forward, few=1)
+            chunk = linearize(self.model, take(x, part), self.parameters, *runs[alone], forward)
             for name, degree in chunk.verdicts.items():
                 if not degree.proven:
                     self.verdicts.setdefault(name, degree.reason)
-            yield chunk, part, target
+            yield chunk, chunk.tape.target if y is None else y[part]
 
-    def _evaluator(
-        self, chunk: Chunk, x: Tensor, y: Tensor, method: str
-    ) -> tuple[Sites | Twice | None, float]:
+    def _evaluator(self, chunk: Chunk, y: Tensor, method: str) -> tuple[Sites | Twice | None, float]:
         output = chunk.output.detach().requires_grad_()
         value = self.loss.numerator(output, y)
         weight = float(self.loss.weight(output.detach(), y))
@@ -351,3 +320,24 @@ def _over_samples(values: Tensor, noise: Tensor) -> float | None:
         return None
     own = float(values.var()) - float(noise.mean())
     return (max(own, 0.0) / len(values)) ** 0.5
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """Chunks of recorded runs: a model of :mod:`flatkern.chunk_plan`."""
+
+    max_memory: int
+    sample_bytes: int
+    gradient_bytes: int
+    """What one gradient takes: parameters, and half of a sample's values is saved for it."""
+
+    def bytes(self, n: int) -> int:
+        """Values, graph, cotangents, tangents and temporaries."""
+        return COPIES * self.sample_bytes * self.samples(n)
+
+    def samples(self, n: int) -> int:
+        """The most that fit into less than two gradients' memory, and at least one."""
+        gradient = self.gradient_bytes // 2 + n * self.sample_bytes // 2
+        limit = frugal_limit(gradient, self.max_memory)
+        most = max(1, min(n, limit // max(1, COPIES * self.sample_bytes)))
+        return -(-n // -(-n // most))

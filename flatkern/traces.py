@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from flatkern.estimators.common import check_positive, make_generator
-from flatkern.linearize import budget
+from flatkern.linearize import Forward, budget
 from flatkern.losses import Reduction, resolve_loss
 from flatkern.problem import (
     ParameterSelection,
@@ -19,7 +19,8 @@ from flatkern.problem import (
 )
 from flatkern.results import HessianTrace
 from flatkern.tape import UnsupportedError
-from flatkern.trace_split import Goal, Split
+from flatkern.trace_goal import Goal
+from flatkern.trace_split import Split
 
 __all__ = ["hessian_trace"]
 
@@ -34,6 +35,7 @@ def hessian_trace(
     *,
     params: ParameterSelection = None,
     reduction: Reduction | None = None,
+    forward: Forward | None = None,
     rtol: float | None = None,
     atol: float | None = None,
     samples: int | None = None,
@@ -51,17 +53,19 @@ def hessian_trace(
     affine, the others fixed: read off the autograd graph of the run, operation by operation. ReLU networks need
     nothing more. For the other parameters it is sampled in activation space: every sample draws its own random
     change of every layer's output, whose covariance stands for changes of all weights at once, and
-    uᵀ∇²(r·f)u is taken by a tangent forward pass. What an elementwise nonlinearity does to its own layer's
-    weights is put in exactly.
+    uᵀ∇²(r·f)u is taken by a tangent forward pass. What an elementwise nonlinearity does to the weights
+    of its own layer and, in dense networks, of the layer before is put in exactly: with two hidden layers nothing is
+    left to sample.
 
     Args:
         model: any module whose samples do not interact, in eval mode; left exactly as found.
         loss_fn: ``nn.CrossEntropyLoss`` (weights, smoothing, ignore_index, probabilities),
             :class:`flatkern.losses.TokenCrossEntropyLoss`, ``nn.MSELoss``, ``nn.BCEWithLogitsLoss``,
             ``nn.HuberLoss``, ``nn.SmoothL1Loss``. Other losses take the plain estimator.
-        data: a pair (x, y) or a re-iterable of pairs.
+        data: a pair (x, y) or a re-iterable of pairs; with ``forward`` batches of any kind.
         params: names or globs of parameters; default all with ``requires_grad``.
         reduction: ``"mean"`` or ``"sum"``, for a callable loss only.
+        forward: (model, batch) → (output, target), as for :func:`ggn_trace`.
         rtol: aim at stderr ≤ rtol · |trace|; 0.01 where neither ``atol`` nor ``samples`` is given.
         atol: aim at stderr ≤ atol; with both, the looser one counts.
         samples: number of probes, at least 2; then there is no pilot.
@@ -102,7 +106,17 @@ def hessian_trace(
     parameters = select_parameters(model, params)
     source = make_generator(seed, generator, torch.device("cpu"))
     job = Split(
-        model, loss_fn, loss, data, parameters, reduction, goal, source, budget(max_memory), per_layer
+        model,
+        loss_fn,
+        loss,
+        data,
+        parameters,
+        reduction,
+        goal,
+        source,
+        budget(max_memory),
+        per_layer,
+        forward,
     )
     if method == "hutchinson":
         return job.plain("", started)

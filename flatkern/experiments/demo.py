@@ -18,12 +18,13 @@ from flatkern.experiments.correlation import Correlation, correlation_table
 from flatkern.experiments.data import Dataset, load
 from flatkern.experiments.environment import describe
 from flatkern.experiments.errors import UserError
-from flatkern.experiments.output import staged, write_csv, write_json
+from flatkern.experiments.output import staged
 from flatkern.experiments.parallel import train_all
 from flatkern.experiments.quantities import CORRELATED, final_value
 from flatkern.experiments.settings import DemoConfig
 from flatkern.experiments.spectrum import Spectrum, final_spectrum
 from flatkern.experiments.training import Run
+from flatkern.rows import write_csv, write_json
 
 __all__ = ["DemoResult", "run_demo"]
 

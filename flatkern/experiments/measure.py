@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +10,10 @@ from torch import Tensor, nn
 
 import flatkern as fk
 from flatkern.experiments.data import Samples
+from flatkern.measurement import bounds_row, geometry_row
+from flatkern.rows import Row
 
-__all__ = ["LN10", "Evaluation", "evaluate", "measure", "side_column", "unmeasured"]
-
-LN10 = math.log(10.0)
+__all__ = ["Evaluation", "evaluate", "measure", "unmeasured"]
 
 
 @dataclass(frozen=True)
@@ -41,56 +40,24 @@ def evaluate(model: nn.Module, samples: Samples) -> Evaluation:
     return Evaluation(squares / (n * outputs), squares / (2 * n), right / n)
 
 
-def side_column(inequality: str, side: str) -> str:
-    """The column of one side of one inequality, e.g. ``log10_mls_d``: its decimal logarithm."""
-    return "log10_" + re.sub(r"[^a-z0-9]+", "_", f"{inequality} {side}".lower()).strip("_")
-
-
-def measure(model: nn.Module, probe: Tensor, train: Samples, test: Samples) -> dict[str, float | str]:
+def measure(model: nn.Module, probe: Tensor, train: Samples, test: Samples) -> Row:
     """Losses, geometry on the probe samples, and both sides of every inequality.
 
     ``*_stderr`` is the standard error of the mean over the probe samples; every value is exact for those samples.
     """
     fit, held_out = evaluate(model, train), evaluate(model, test)
     g = fk.geometry(model, probe)
-    top = g.top_log_volume(3)
-    dimension = g.local_dimensionality
-    row: dict[str, float | str] = {
+    row: Row = {
         "train_mse": fit.mse,
         "train_loss": fit.loss,
         "train_accuracy": fit.accuracy,
         "test_loss": held_out.loss,
         "test_accuracy": held_out.accuracy,
         "generalization_gap": held_out.loss - fit.loss,
-        "sharpness": g.sharpness.value,
-        "sharpness_stderr": _number(g.sharpness.sample_stderr),
-        "sqrt_sharpness": math.sqrt(g.sharpness.value),
-        "log_volume_top3": top.mean,
-        "log_volume_top3_stderr": _number(top.sample_stderr),
-        "log_volume": g.log_volume.mean,
-        "log_volume_stderr": _number(g.log_volume.sample_stderr),
-        "rank_deficient": float(g.log_volume.rank_deficient),
-        "mls": g.mls.value,
-        "mls_stderr": _number(g.mls.sample_stderr),
-        "nmls": g.nmls.value,
-        "nmls_stderr": _number(g.nmls.sample_stderr),
-        "normalized_mls": g.normalized_mls.value,
-        "local_dimensionality": dimension.mean,
-        "local_dimensionality_stderr": _number(dimension.sample_stderr),
-        "log_local_dimensionality": math.log(dimension.mean) if dimension.mean > 0 else math.nan,
     }
-    for name, inequality in fk.bounds(model, probe, geometry=g).inequalities.items():
-        for side, value in inequality.sides.items():
-            row[side_column(name, side)] = value / LN10
-        row[f"status_{side_column(name, '').removeprefix('log10_')}"] = inequality.status
-        row[f"looseness_{side_column(name, '').removeprefix('log10_')}"] = inequality.looseness / LN10
-    return row
+    return row | geometry_row(g) | bounds_row(fk.bounds(model, probe, geometry=g))
 
 
-def unmeasured() -> dict[str, float | str]:
+def unmeasured() -> Row:
     """The row of a network whose weights are no longer finite."""
     return {"train_mse": math.nan, "train_loss": math.nan}
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value

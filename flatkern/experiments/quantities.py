@@ -71,7 +71,8 @@ _ALL = (
         "log_volume",
         "log volume (all)",
         "½ ln det JJᵀ",
-        "Mean of the sum of ln σⱼ over all ten singular values of J = ∂f/∂x: the log of the local volumetric ratio.",
+        "Mean of the sum of ln σⱼ over all singular values of J = ∂f/∂x, one an output: the log of the local "
+        "volumetric ratio.",
     ),
     Quantity(
         "mls",
@@ -84,15 +85,15 @@ _ALL = (
         "log_local_dimensionality",
         "log local dimension",
         "ln d",
-        "d = (Tr C)²/Tr C² with C = JJᵀ, averaged over samples: the effective number of directions (1 to 10) in which "
-        "outputs move. Drawn as ln d. It does not change with scale, so flatness does not bound it.",
+        "d = (Tr C)²/Tr C² with C = JJᵀ, averaged over samples: the effective number of directions (1 to the number of "
+        "outputs) in which outputs move. Drawn as ln d. It does not change with scale, so flatness does not bound it.",
     ),
     Quantity(
         "local_dimensionality",
         "local dimension",
         "d",
-        "d = (Tr C)²/Tr C² with C = JJᵀ, averaged over samples: the effective number of directions (1 to 10) in which "
-        "outputs move.",
+        "d = (Tr C)²/Tr C² with C = JJᵀ, averaged over samples: the effective number of directions (1 to the number of "
+        "outputs) in which outputs move.",
     ),
     Quantity("generalization_gap", "generalization gap", "", "Test loss minus train loss, both as L."),
     Quantity(
@@ -106,6 +107,65 @@ _ALL = (
         "bound on NMLS",
         "√(mean Σₗ ‖Wₗ‖₂²/‖xˡ‖²) √S",
         "What flatness allows NMLS to be.",
+    ),
+    Quantity(
+        "loss",
+        "loss",
+        "L",
+        "The loss on all samples given: the sum over batches of its numerators over that of its denominators.",
+        log_axis=True,
+    ),
+    Quantity(
+        "ggn_trace",
+        "Tr GGN",
+        "Σᵢ Tr(JᵢᵀHᵢJᵢ) / n",
+        "Trace of the Gauss-Newton matrix of the loss: Jᵢ = ∂f/∂θ at sample i, Hᵢ the loss's second derivative in the "
+        "outputs; divided by what the loss itself divides by.",
+    ),
+    Quantity("hessian_trace", "Tr H", "Σₖ ∂²L/∂θₖ²", "Trace of the Hessian of the loss."),
+    Quantity(
+        "max_eigenvalue",
+        "λ_max",
+        "λ₁(∂²L/∂θ²)",
+        "Largest eigenvalue of the Hessian of the loss; what edge-of-stability work calls sharpness.",
+    ),
+    Quantity("gradient_norm", "gradient norm", "‖∇L‖₂", "Norm of the gradient of the loss."),
+    Quantity(
+        "fisher_trace",
+        "Tr empirical Fisher",
+        "Σᵢ ‖∂ℓᵢ/∂θ‖² / n",
+        "Trace of the empirical Fisher matrix: the samples' squared gradient norms over what the loss divides by.",
+    ),
+    Quantity(
+        "adaptive_sharpness",
+        "adaptive sharpness",
+        "½ Σₖ θₖ² Hₖₖ",
+        "Curvature in units of each weight's own size: how the loss rises on average under small relative changes.",
+    ),
+    Quantity(
+        "relative_flatness",
+        "relative flatness",
+        "Σ ⟨w_c, w_c'⟩ Tr H_cc'",
+        "Curvature of the last dense layer weighed by its own weights; rescaling the layers does not change it.",
+    ),
+    Quantity(
+        "gradient_norms",
+        "gradient norms",
+        "mean ‖∂ℓᵢ/∂θ‖²",
+        "Mean over samples of the squared norm of each sample's own gradient (of its term before the loss divides).",
+    ),
+    Quantity(
+        "sharpness",
+        "S",
+        "mean ‖∂f/∂θ‖²",
+        "Mean over samples of the squared Frobenius norm of the derivative of the outputs with respect to all "
+        "parameters; at a perfect fit the trace of the Hessian of ½‖f − y‖².",
+    ),
+    Quantity(
+        "normalized_mls",
+        "normalized MLS",
+        "mean ‖x‖² σₘₐₓ(J)²",
+        "MLS in a form that rescaling the layers of a bias-free ReLU network does not change.",
     ),
 )
 QUANTITIES = {q.key: q for q in _ALL}

@@ -13,10 +13,10 @@ from flatkern.experiments.measure import evaluate, measure, unmeasured
 from flatkern.experiments.schedule import log_schedule
 from flatkern.experiments.settings import DemoConfig, Setting
 from flatkern.experiments.sgd import BatchStream, Ensemble
+from flatkern.rows import Row
 
 __all__ = ["Row", "Run", "train_setting"]
 
-Row = dict[str, float | int | str]
 TICK = 100
 """Steps between two reports of progress."""
 DIVERGED = 1e4

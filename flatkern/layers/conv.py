@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from flatkern.layers.outer import Features, OuterTerm
 from flatkern.layers.rule import Cotangent, Opened, Site, register
 from flatkern.layers.term import DenseTerm, Term
 
-__all__ = ["patches"]
+__all__ = ["patches", "shifted"]
 
 
 def patches(
@@ -37,6 +37,34 @@ def patches(
     order = (0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
     width = channels // groups * torch.Size(kernel).numel()
     return windows.permute(order).reshape(n, groups, width, -1).mT
+
+
+def shifted(
+    inputs: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> list[Tensor]:
+    """The transposed patches, one [n · groups, d, T] an index of the kernel along its first axis (stride 1 there).
+
+    Their rows together are those of the patches. Only the other axes are unfolded: along the first one a patch is a
+    shift of the next, so all are views of one copy, smaller than the patches by that axis of the kernel.
+    """
+    n, channels, dims = inputs.shape[0], inputs.shape[1], len(kernel)
+    windows = F.pad(inputs, [p for size in reversed(padding) for p in (size, size)])
+    for d in range(1, dims):
+        span = dilation[d] * (kernel[d] - 1) + 1
+        windows = windows.unfold(d + 2, span, stride[d])[..., :: dilation[d]]
+    # [n, C, *positions, *kernel] → [n, C, *kernel, *positions]
+    windows = windows.permute(0, 1, *range(2 + dims, 1 + 2 * dims), *range(2, 2 + dims))
+    row = torch.Size(
+        windows.shape[2 * dims + 1 - (dims - 1) :]
+    ).numel()  # positions a step along the first axis
+    count = row * (windows.shape[dims + 1] - dilation[0] * (kernel[0] - 1))
+    flat = windows.reshape(n * groups, channels // groups * torch.Size(kernel[1:]).numel(), -1)
+    return [flat[:, :, d * dilation[0] * row :][:, :, :count] for d in range(kernel[0])]
 
 
 @register("Convolution")
@@ -92,7 +120,14 @@ def _plain(site: Site, node: Any) -> Opened:
         found = patches(images, *geometry, groups)  # [images, G, T, width]
         return _frames_as_positions(found, frames)
 
-    features = Features(make, (n, groups, frames * positions, width), inputs.element_size())
+    pieces: Callable[[slice], list[Tensor]] | None = None
+    if frames == 1 and geometry[1][0] == 1:
+
+        def pieces(part: slice) -> list[Tensor]:
+            return shifted(inputs[part], *geometry, groups)
+
+    shape = n, groups, frames * positions, width
+    features = Features(make, shape, inputs.element_size(), pieces)
     c_out = site.shape[0] // groups
 
     def term(g: Cotangent) -> Term:

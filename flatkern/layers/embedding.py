@@ -109,12 +109,16 @@ class _TableAndHead(Term):
         return self.table.explicit(samples, cotangents) + self.head.explicit(samples, cotangents)
 
     def squared_norms(self, max_memory: int) -> Tensor:
-        """⟨Σ_e onehot(v_e) g_eᵀ, Σ_s h_s a_sᵀ⟩ = Σ_{e,s} h_s[v_e] (g_e·a_s), in chunks of entries."""
+        """⟨Σ_e onehot(v_e) g_eᵀ, Σ_s h_s a_sᵀ⟩ = Σ_{e,s} h_s[v_e] (g_e·a_s), by samples or chunks of entries."""
         total = self.table.squared_norms(max_memory) + self.head.squared_norms(max_memory)
-        table, head = self.table, self.head
-        positions = head.sizes[1]
-        entry_bytes = head.cotangents.element_size() * positions * (2 * self.k + head.sizes[2])
-        for part in chunks(len(table.rows), max_memory // max(1, 2 * entry_bytes)):
+        table, entries = self.table, len(self.table.rows)
+        each = entries // self.n
+        order = torch.arange(self.n, device=self.device).repeat_interleave(each)
+        if entries == each * self.n and torch.equal(table.samples, order):
+            return total + 2 * self._cross_of_even_samples(each, max_memory)
+        head = self.head
+        entry_bytes = head.cotangents.element_size() * head.sizes[1] * (2 * self.k + head.sizes[2])
+        for part in chunks(entries, max_memory // max(1, 2 * entry_bytes)):
             sample, row = table.samples[part], table.rows[part]
             a = head.features(slice(0, self.n))[sample, 0]  # [E, S, d]
             picked = head.cotangents[:, sample, 0, :, row]  # [E, K, S]: advanced indices apart put E first
@@ -122,6 +126,22 @@ class _TableAndHead(Term):
             cross = (picked.transpose(1, 2).double() * inner).sum((1, 2))
             total += 2 * table._spread(sample, cross)
         return total
+
+    def _cross_of_even_samples(self, each: int, max_memory: int) -> Tensor:
+        """The cross terms [n] where every sample has so many entries, in order: products [E, d] times [d, S]."""
+        table, head = self.table, self.head
+        pair_bytes = 16 * each * head.sizes[1] * self.k
+        out = []
+        for part in chunks(self.n, max_memory // max(1, pair_bytes)):
+            entries = slice(part.start * each, part.stop * each)
+            count = part.stop - part.start
+            g = table.cotangents[:, entries].reshape(self.k, count, each, -1)
+            inner = g @ head.features(part)[:, 0].mT  # [K, n', E, S]
+            rows = table.rows[entries].reshape(1, count, 1, each)
+            h = head.cotangents[:, part, 0]  # [K, n', S, V]
+            picked = h.gather(-1, rows.expand(self.k, count, h.shape[2], each))
+            out.append((inner * picked.mT).sum((0, 2, 3), dtype=torch.float64))
+        return torch.cat(out)
 
     def gram(self, other: Term, max_memory: int) -> Tensor:
         """Table with table and head with head cheaply, the mixed ones likewise in chunks of samples."""

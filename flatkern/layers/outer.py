@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from flatkern.layers.shared_weight import row_energy, weight_squared_norms
+from flatkern.layers.shared_weight import cheaper_form, row_energy, weight_squared_norms
 from flatkern.layers.term import Term, chunks
 
 __all__ = ["Features", "OuterTerm"]
@@ -27,9 +27,17 @@ class Features:
     bytes of an entry; 0 where asking takes no memory.
     """
 
-    def __init__(self, make: Callable[[slice], Tensor], shape: tuple[int, int, int, int], size: int) -> None:
+    def __init__(
+        self,
+        make: Callable[[slice], Tensor],
+        shape: tuple[int, int, int, int],
+        size: int,
+        pieces: Callable[[slice], list[Tensor]] | None = None,
+    ) -> None:
         self.shape = shape
         self.bytes = torch.Size(shape).numel() * size
+        self.pieces = pieces if self.bytes > _KEPT_BYTES else None
+        """(samples) → parts [n' · G, d', T] whose rows together are those of aᵀ; ``None``: no cheaper than a."""
         self._make = make
         self._kept: Tensor | None = None
         self._formed = 0
@@ -105,6 +113,10 @@ class OuterTerm(Term):
         if self.features.bytes:
             wanted = min(max_memory // 4, _CACHE_BYTES) if self.device.type == "cpu" else max_memory // 4
             step = max(1, self.n * wanted // self.features.bytes)
+        wanted = max_memory // (2 * self.k * self.shape.numel() * self.cotangents.element_size())
+        explicit = cheaper_form(positions, self.sizes[2], d_g, self.k) == "explicit"
+        if self.features.pieces is not None and explicit and wanted > 0:
+            return torch.cat([self._energy_of_pieces(part) for part in chunks(self.n, min(step, wanted))])
         parts = []
         for part in chunks(self.n, step):
             a, g = self.features(part).flatten(0, 1), self.cotangents[:, part]
@@ -113,6 +125,15 @@ class OuterTerm(Term):
             norms = weight_squared_norms(a, g, max_memory if step == self.n else max_memory // 2)
             parts.append(norms.reshape(-1, groups).sum(1))
         return torch.cat(parts)
+
+    def _energy_of_pieces(self, samples: slice) -> Tensor:
+        """Σ_k ‖γ_ik‖² where the order of the entries of γ does not matter."""
+        assert self.features.pieces is not None
+        groups, positions, _, d_g = self.sizes
+        g = self.cotangents[:, samples].permute(1, 2, 0, 4, 3)  # [n', G, K, d_g, T]
+        rows = g.reshape(-1, self.k * d_g, positions)
+        energies = [row_energy((rows @ piece.mT).flatten(1)) for piece in self.features.pieces(samples)]
+        return torch.stack(energies).sum(0).reshape(-1, groups).sum(1)
 
     def gram(self, other: Term, max_memory: int) -> Tensor:
         """Σ_{t,s} (g_t·g'_s)(a_t·a'_s) for all pairs, by formed gradients or pairwise, whichever is cheaper."""

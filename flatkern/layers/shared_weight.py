@@ -38,18 +38,23 @@ def weight_squared_norms(
     if t == 1:  # ‖g aᵀ‖² = ‖g‖² ‖a‖²
         return row_energy(cotangents).sum((0, 2)) * row_energy(inputs).sum(1)
     form = form or cheaper_form(t, d_in, d_out, k)
-    per_cotangent = (d_out * d_in if form == "explicit" else t * d_out) * inputs.element_size()
-    fixed = 0 if form == "explicit" else 2 * t * t * inputs.element_size()
+    size = inputs.element_size()
+    per_cotangent = (d_out * d_in if form == "explicit" else t * d_out) * size
+    fixed = 0 if form == "explicit" else 2 * t * t * size
     samples = max(1, max_memory // (fixed + k * per_cotangent))
     block = k if samples > 1 else max(1, min(k, (max_memory - fixed) // per_cotangent))
+    # one small gradient may itself be large (a head of many classes): some of its rows at a time
+    rows_at_once = d_out if block > 1 or form == "gram" else max(1, min(d_out, max_memory // (d_in * size)))
     for i in range(0, n, samples):
         a = inputs[i : i + samples]
         for j in range(0, k, block):
             g = cotangents[j : j + block, i : i + samples]
             if form == "explicit":
-                # cotangents folded into the rows: broadcasting a over them would copy it
-                rows = g.permute(1, 0, 3, 2).reshape(a.shape[0], -1, t)  # [n, k d_out, T]
-                result[i : i + samples] += row_energy((rows @ a).flatten(1))
+                for first in range(0, d_out, rows_at_once):
+                    part = g[..., first : first + rows_at_once]
+                    # cotangents folded into the rows: broadcasting a over them would copy it
+                    rows = part.permute(1, 0, 3, 2).reshape(a.shape[0], -1, t)  # [n, k d_out, T]
+                    result[i : i + samples] += row_energy((rows @ a).flatten(1))
             else:
                 stacked = g.permute(1, 2, 0, 3).reshape(a.shape[0], t, -1)  # [n, T, K d_out]
                 product = (a @ a.mT) * (stacked @ stacked.mT)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flatkern.problem import Batches
+from flatkern.samples import tensors_in
 
 __all__ = [
     "Forward",
@@ -74,18 +75,6 @@ class OperatorData:
 def batch_seed(seed: int, index: int) -> int:
     """The seed of what is drawn for one batch: the same in every pass, and unrelated between batches and seeds."""
     return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> 1)
-
-
-def tensors_in(batch: Any) -> list[Tensor]:
-    """All tensors in a batch: mappings, lists and tuples are searched."""
-    if isinstance(batch, Tensor):
-        return [batch]
-    parts: Iterable[Any] = ()
-    if isinstance(batch, Mapping):
-        parts = batch.values()
-    elif isinstance(batch, (list, tuple)):
-        parts = batch
-    return [tensor for part in parts for tensor in tensors_in(part)]
 
 
 def num_samples(batch: Any) -> int:

@@ -17,7 +17,7 @@ from flatkern.report.tables import matrix_table, number, pair_table, run_table, 
 if TYPE_CHECKING:
     from flatkern.experiments.demo import DemoResult
 
-__all__ = ["render", "write_report"]
+__all__ = ["page", "render", "write_report"]
 
 
 def write_report(folder: Path, result: DemoResult) -> None:
@@ -26,8 +26,8 @@ def write_report(folder: Path, result: DemoResult) -> None:
     (folder / "report.html").write_text(render(result), encoding="utf-8")
 
 
-def render(result: DemoResult) -> str:
-    """The page as text."""
+def page(template: str, **values: Any) -> str:
+    """A page of one of the templates here, with the style and script that all of them share."""
     files = resources.files("flatkern.report")
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(lambda name: (files / name).read_text(encoding="utf-8")),
@@ -37,11 +37,16 @@ def render(result: DemoResult) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["number"] = number
-    return environment.get_template("report.html.j2").render(
+    css, js = ((files / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    return environment.get_template(template).render(css=css, js=js, **values)
+
+
+def render(result: DemoResult) -> str:
+    """The page of a demo as text."""
+    return page(
+        "report.html.j2",
         result=result,
         config=result.config,
-        css=(files / "report.css").read_text(encoding="utf-8"),
-        js=(files / "report.js").read_text(encoding="utf-8"),
         lead=_lead(result),
         tally=_tally(result),
         panels=inline_panels(result),

@@ -24,7 +24,9 @@ __all__ = [
     "MLS_CHAIN",
     "NMLS_CHAIN",
     "bound_panel",
+    "iteration_axis",
     "label_of",
+    "log_values",
     "scatter_panel",
     "spectrum_panel",
     "sweep_panel",
@@ -51,7 +53,8 @@ def _of(runs: Sequence[Run], setting: Setting) -> list[Run]:
     return [run for run in runs if run.setting == setting and not run.diverged]
 
 
-def _iterations(ax: Axes) -> None:
+def iteration_axis(ax: Axes) -> None:
+    """A logarithmic axis of iterations."""
     ax.set_xscale("log")
     ax.xaxis.set_major_locator(LogLocator(numticks=7))
     ax.xaxis.set_minor_locator(NullLocator())
@@ -59,7 +62,7 @@ def _iterations(ax: Axes) -> None:
     ax.set_xlabel("iteration")
 
 
-def _log_values(ax: Axes, *, decades: float = 9.0) -> None:
+def log_values(ax: Axes, *, decades: float = 9.0) -> None:
     """A logarithmic value axis; over few decades 2 and 5 times the powers of ten have labels as well."""
     ax.set_yscale("log")
     few = decades < 2.5
@@ -92,9 +95,9 @@ def sweep_panel(ax: Axes, result: DemoResult, sweep: Sequence[Setting], key: str
         below = np.flatnonzero(loss < result.config.last_phase)
         if len(below):
             ax.plot(steps[below[0]], middle[below[0]], "o", color=SERIES[i], markersize=4.5)
-    _iterations(ax)
+    iteration_axis(ax)
     if quantity.log_axis:
-        _log_values(ax)
+        log_values(ax)
     else:
         ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     ax.set_title(quantity.title)
@@ -129,8 +132,8 @@ def bound_panel(
                 va="center",
                 annotation_clip=False,
             )
-    _iterations(ax)
-    _log_values(ax, decades=math.log10(limits[1] / limits[0]))
+    iteration_axis(ax)
+    log_values(ax, decades=math.log10(limits[1] / limits[0]))
     ax.set_ylim(*limits)
     ax.set_title(setting.label)
 
@@ -190,7 +193,7 @@ def spectrum_panel(ax: Axes, spectrum: Spectrum) -> None:
     high = np.maximum((spectrum.density + spectrum.stderr) * scale, floor)
     ax.fill_between(spectrum.grid, low, high, color=SERIES[0], alpha=0.25, linewidth=0)
     ax.plot(spectrum.grid, values, color=SERIES[0], linewidth=1.3)
-    _log_values(ax)
+    log_values(ax)
     ax.set_ylim(bottom=floor)
     extremes = [*spectrum.largest, spectrum.smallest]
     ax.plot(extremes, [floor * 1.6] * len(extremes), "|", color=SERIES[1], markersize=9, markeredgewidth=1.6)

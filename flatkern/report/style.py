@@ -10,9 +10,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg")  # files only; a machine without a display must do
-
 from matplotlib.figure import Figure
 
 __all__ = ["DASHES", "GRID", "INK", "MUTED", "SERIES", "inline_svg", "log_label", "styled", "superscript"]

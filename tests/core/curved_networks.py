@@ -68,6 +68,14 @@ def _mlp(act: type[nn.Module], *, d: int = 4, last: nn.Module | None = None) -> 
     return nn.Sequential(nn.Linear(d, 5), act(), nn.Linear(5, 4), last or act(), nn.Linear(4, 3))
 
 
+def _deep(act: type[nn.Module], *, bias: bool = True) -> nn.Sequential:
+    """Four hidden layers."""
+    layers: list[nn.Module] = []
+    for _ in range(4):
+        layers += [nn.Linear(4, 4, bias=bias), act()]
+    return nn.Sequential(*layers, nn.Linear(4, 3))
+
+
 def _lin(a: int = 4, b: int = 4) -> nn.Linear:
     return nn.Linear(a, b)
 
@@ -258,6 +266,49 @@ def smooth() -> dict[str, tuple[nn.Module, Tensor]]:
     return {
         "tanh mlp": (_mlp(nn.Tanh), x4),
         "gelu mlp": (_mlp(nn.GELU), x4),
+        "deep tanh mlp": (_deep(nn.Tanh), x4),
+        "deep gelu mlp": (_deep(nn.GELU), x4),
+        "deep silu mlp without bias": (_deep(nn.SiLU, bias=False), x4),
+        "deep, token-wise, padded": (
+            Lambda(
+                lambda m, x: m.c(F.pad(m.a(F.gelu(m.b(torch.tanh(m.e(x))))).sigmoid(), (0, 0, 1, 0)).mean(1)),
+                e=_lin(),
+                b=_lin(),
+                a=_lin(),
+                c=_lin(4, 3),
+            ),
+            torch.randn(3, 5, 4),
+        ),
+        "two ways to one place": (
+            Lambda(
+                lambda m, x: m.d(torch.tanh((h := m.a(x)) + m.c(F.silu(m.b(torch.tanh(h)))))),
+                a=_lin(),
+                b=_lin(),
+                c=_lin(),
+                d=_lin(4, 3),
+            ),
+            x4,
+        ),
+        "split, scaled, joined": (
+            Lambda(
+                lambda m, x: m.d(
+                    torch.tanh(
+                        m.c(torch.cat([(p := F.gelu(m.b(F.silu(m.a(x)))).chunk(2, 1))[1], -2.5 * p[0]], 1))
+                    )
+                ),
+                a=_lin(),
+                b=_lin(),
+                c=_lin(),
+                d=_lin(4, 3),
+            ),
+            x4,
+        ),
+        "layer norms in a row": (
+            nn.Sequential(
+                nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 5), nn.GELU(), nn.LayerNorm(5), nn.Linear(5, 3)
+            ),
+            torch.randn(3, 4, 4).mean(1),
+        ),
         "silu without bias": (
             nn.Sequential(
                 nn.Linear(4, 5, bias=False),

@@ -96,8 +96,96 @@ def test_a_tolerance_gives_bounds():
     assert peak <= 1.5 * planned.bytes
 
 
+def conv_net():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.GELU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten(),
+        nn.Linear(16 * 16, 10),
+    )  # fmt: skip
+    return model, torch.randn(400, 1, 12, 12), torch.randint(0, 10, (400,))
+
+
+OVER_DATA = {
+    "sharpness": (fk.sharpness, {}),
+    "sharpness, sketched": (fk.sharpness, {"method": "sketch", "samples": 3}),
+    "ggn_trace": (fk.ggn_trace, {}),
+    "ggn_trace, sketched": (fk.ggn_trace, {"method": "sketch", "samples": 3}),
+    "gradient_norms": (fk.gradient_norms, {}),
+    "hessian_trace": (fk.hessian_trace, {"samples": 3}),
+    "geometry": (fk.geometry, {}),
+    "kfac": (fk.kfac, {}),
+}
+
+
+@pytest.mark.parametrize("max_memory", [None, 8 << 20])
+@pytest.mark.parametrize("make", [problem, conv_net])
+@pytest.mark.parametrize("name", OVER_DATA)
+def test_calls_over_data(name, make, max_memory):
+    model, x, y = make()
+    fn, options = OVER_DATA[name]
+    arguments = (model, x) if fn in (fk.sharpness, fk.geometry) else (model, CE, (x, y))
+    options = {**options, "max_memory": max_memory}
+    planned = fk.plan(fn, *arguments, **options)
+    result, peak = taken(fn, *arguments, **options)
+    assert peak / 1.5 <= planned.bytes <= 1.5 * peak
+    assert planned.passes == getattr(result, "passes", planned.passes)
+    assert planned.passes >= 1
+    assert planned.seconds > 0
+    assert f"of {len(x)} samples" in planned.notes[0]
+
+
+@pytest.mark.parametrize("make", [problem, conv_net])
+@pytest.mark.parametrize("name", ["ntk", "ntk of two sets", "ggn_spectrum", "with vectors"])
+def test_gram_matrices(name, make):
+    model, x, y = make()
+    x, y = x[:120], y[:120]
+    fn, arguments, options = {
+        "ntk": (fk.ntk, (model, x), {}),
+        "ntk of two sets": (fk.ntk, (model, x, x[:60]), {}),
+        "ggn_spectrum": (fk.ggn_spectrum, (model, CE, (x, y)), {}),
+        "with vectors": (fk.ggn_spectrum, (model, CE, (x, y)), {"vectors": True}),
+    }[name]
+    planned = fk.plan(fn, *arguments, **options)
+    _, peak = taken(fn, *arguments, **options)
+    assert peak / 1.5 <= planned.bytes <= 1.5 * peak
+    assert planned.seconds > 0
+
+
+def test_a_sketch_to_a_tolerance_is_planned():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(10, 30), nn.Tanh(), nn.Linear(30, 100)), torch.randn(500, 10)
+    planned = fk.plan(fk.sharpness, model, x, rtol=0.0007)
+    result = fk.sharpness(model, x, rtol=0.0007)
+    assert result.passes > 4
+    assert result.passes / 3 <= planned.passes <= 3 * result.passes
+    assert "estimate" in planned.notes[-1]
+
+
+def test_loaders_are_counted():
+    model, x, y = problem(200)
+    data = [(x[i : i + 50], y[i : i + 50]) for i in range(0, 200, 50)]
+    planned = fk.plan(fk.ggn_trace, model, CE, data)
+    assert "of 200 samples" in planned.notes[0]
+    assert "4 batches" in planned.notes[1]
+
+
+def test_a_single_sample():
+    model, x, y = problem(1)
+    planned = fk.plan(fk.ggn_trace, model, CE, (x, y))
+    _, peak = taken(fk.ggn_trace, model, CE, (x, y))
+    assert peak / 1.5 <= planned.bytes <= 1.5 * peak
+
+
+def test_a_plan_runs_few_samples():
+    model, x, y = problem()
+    seen = []
+    model.register_forward_hook(lambda _m, args, _o: seen.append(len(args[0])))
+    fk.plan(fk.ggn_trace, model, CE, (x, y))
+    assert max(seen) <= 32
+
+
 def test_what_there_is_no_plan_for():
     with pytest.raises(ValueError, match="no plan"):
-        fk.plan(fk.sharpness, nn.Linear(2, 2), torch.ones(1, 2))
+        fk.plan(fk.bounds, nn.Linear(2, 2), torch.ones(1, 2))
     with pytest.raises(TypeError, match="does not take"):
         fk.plan(fk.eigsh, torch.eye(3), wrong=1)

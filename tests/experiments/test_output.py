@@ -1,15 +1,11 @@
-"""Files appear all at once or not at all, and hold numbers every reader understands."""
+"""Files appear all at once or not at all."""
 
-import csv
-import json
-import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from flatkern.experiments.errors import UserError
-from flatkern.experiments.output import staged, write_csv, write_json
+from flatkern.experiments.output import staged
 
 
 def test_a_new_folder_appears_at_the_end_only(tmp_path: Path) -> None:
@@ -52,26 +48,3 @@ def test_impossible_places_are_refused_before_the_work(tmp_path: Path) -> None:
     for bad in (tmp_path / "file", tmp_path / "file" / "out", tmp_path / "none" / "out"):
         with pytest.raises(UserError, match=str(bad)), staged(bad):
             pytest.fail("the work must not start")
-
-
-def test_csv_survives_nan_and_infinity(tmp_path: Path) -> None:
-    path = tmp_path / "a.csv"
-    write_csv(path, [{"a": 0.1, "b": math.nan}, {"a": -math.inf, "c": "x,y"}])
-    with path.open() as file:
-        rows = list(csv.DictReader(file))
-    assert rows == [{"a": "0.1", "b": "", "c": ""}, {"a": "-inf", "b": "", "c": "x,y"}]
-    assert float(rows[1]["a"]) == -math.inf
-
-
-def test_json_is_valid_with_nan_and_infinity(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    write_json(
-        path,
-        {"a": math.nan, "b": [math.inf, -math.inf], "c": np.array([0.1, 2.0]), "d": Path("x"), "e": True},
-    )
-
-    def refuse(text: str) -> None:
-        pytest.fail(f"{text} is not JSON")
-
-    found = json.loads(path.read_text(), parse_constant=refuse)
-    assert found == {"a": None, "b": ["Infinity", "-Infinity"], "c": [0.1, 2.0], "d": "x", "e": True}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from flatkern.changes import Convolved, Dense, Direct, Entry, Looked, Scaled
+from flatkern.residual.change import Entry
+from flatkern.residual.other_changes import Direct, Looked, Scaled
+from flatkern.residual.weight_changes import Convolved, Dense
 from flatkern.sample_axis import SampleAxis
 from flatkern.tape import Op, Tape, UnsupportedError, Value
 
@@ -47,7 +49,8 @@ def find_entries(
         own = [v for v in op.inputs if v.index in source]
         if not own or not any(o is not None and o.differentiable for o in op.outputs):
             continue
-        if op.name in _VIEWS and len(op.inputs) == 1 and not op.in_place and not _spreads(op, axes):
+        moved = op.name in _VIEWS and len(op.inputs) == 1 and not op.in_place and not _spreads(op, axes)
+        if moved or _fixed_rows(op, own, axes):
             name, origin, views = source[own[0].index]
             source[op.output.index] = (name, origin, [*views, op])
             continue
@@ -103,6 +106,13 @@ def _spreads(op: Op, axes: Mapping[int, SampleAxis]) -> bool:
     shape = op.args[0].tensor.shape
     place = axis.axis - (op.output.tensor.ndim - len(shape))
     return place < 0 or shape[place] == 1
+
+
+def _fixed_rows(op: Op, own: list[Value], axes: Mapping[int, SampleAxis]) -> bool:
+    """Whether it is a lookup of rows that are the same for all samples: position embeddings."""
+    if op.name != "embedding" or len(op.args) > 2 or own != [op.args[0]]:
+        return False
+    return op.output.index not in axes
 
 
 def _swaps(view: Op) -> bool:
