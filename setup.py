@@ -165,12 +165,18 @@ class Plan:
             for s in sorted((ROOT / "csrc" / "cuda").glob("*.cu") if self.nvcc else ())
         ]
         target = f"-DTORCH_TARGET_VERSION={TARGET_VERSION} -Wno-unused-parameter"
-        ops = self.compile(lines, build, ROOT / "csrc" / "ops.cpp", f"{target} {includes}{cuda_flag}")
-        door = self.compile(
-            lines, build, ROOT / "csrc" / "bindings.cpp", f"{python}{cuda_flag} {quoted} {architectures}"
+        about = f"{quoted} {architectures}"
+        ops, doors = (
+            " ".join(
+                self.compile(lines, build, source, extra) for source in sorted((ROOT / "csrc").glob(names))
+            )
+            for names, extra in (
+                ("*ops.cpp", f"{target} {includes}{cuda_flag}"),
+                ("*bindings.cpp", f"{python}{cuda_flag} {about}"),
+            )
         )
         lines.append(f"build {build / '_C.so'}: link_torch {ops} {' '.join(kernels + cuda)}")
-        lines.append(f"build {build / native_name()}: link_native {door} {' '.join(kernels)}")
+        lines.append(f"build {build / native_name()}: link_native {doors} {' '.join(kernels)}")
         return "\n".join(lines) + "\n"
 
     def compile(self, lines: list[str], build: Path, source: Path, extra: str, rule: str = "cxx") -> str:

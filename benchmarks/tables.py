@@ -92,6 +92,39 @@ def kernels(result: dict[str, Any]) -> str:
     )
 
 
+def jets(result: dict[str, Any]) -> str:
+    """Functions with their second-order terms."""
+    sides = [
+        [
+            r["kernel"],
+            r["size"],
+            r["dtype"],
+            f"{r['own_us']:,.0f}" + (f" ({r['out_us']:,.0f})" if "out_us" in r else ""),
+            f"**{r['over_eager']:.1f}**",
+            f"**{r['over_inductor']:.2f}**" + (f" ({r['over_inductor_out']:.2f})" if "out_us" in r else ""),
+            f"{r['of_copy_speed']:.0%}" + (f" ({r['of_copy_speed_out']:.0%})" if "out_us" in r else ""),
+        ]
+        for r in result["rows"]
+        if "size" in r
+    ]
+    library = [
+        [r["kernel"], f"{r['before_us'] / 1e3:,.2f}", f"{r['own_us'] / 1e3:,.2f}", f"**{r['ratio']:.2f}**"]
+        for r in result["rows"]
+        if "size" not in r
+    ]
+    header = ["kernel", "size", "dtype", "µs (out=)", "eager", "Inductor", "of copy speed"]
+    return (
+        "## Jets\n\n"
+        "Value, first and second-order terms along one tangent (docs/kernels.md), against the shortest formulas in\n"
+        "PyTorch, called directly (*eager*) and through `torch.compile` (*Inductor*), and against a copy of as many\n"
+        "bytes as are read and written. Ratios: their time over ours. In brackets: the better of fresh and given\n"
+        "memory.\n\n"
+        f"`python -m benchmarks.bench_jets`\n\n{_table(header, sides)}\n"
+        "In the library, whole calls before and after:\n\n"
+        f"{_table(['call', 'before, ms', 'after, ms', 'ratio'], library)}\n{_settings(result)}"
+    )
+
+
 CASES = {
     "one vector": "One vector, one batch of n",
     "loader": "One vector, a loader of eight batches of n",
@@ -499,6 +532,7 @@ SECTIONS = {
     "ggn_spectrum": ggn_spectrum,
     "memory": memory,
     "kernels": kernels,
+    "jets": jets,
     "probes": probes,
     "attention": attention,
 }

@@ -4,14 +4,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "cpu/kernels.h"
 #include "cpu/probe_rows.h"
+#include "threads.h"
 
 #ifndef FLATKERN_BUILD_FLAGS
 #define FLATKERN_BUILD_FLAGS ""
@@ -22,9 +21,12 @@
 
 namespace py = pybind11;
 
+void bind_jets(py::module_& m);  // jet_bindings.cpp
+
 namespace {
 
 using flatkern::Matrices;
+using flatkern::spread;
 using flatkern::cpu::kernels;
 
 std::vector<py::ssize_t> batch_shape(const py::array& x, std::initializer_list<py::ssize_t> rest = {}) {
@@ -54,21 +56,6 @@ Matrices<T> matrices(const py::array& x, bool square) {
     if (!m.batch.push(x.shape(k), stride(k))) throw py::value_error("too many separate batch dimensions");
   }
   return m;
-}
-
-// Runs f on ranges of [0, n), on as many threads as have enough to do, without the interpreter lock.
-template <typename F>
-void spread(std::int64_t n, std::int64_t grain, int threads, const F& f) {
-  const py::gil_scoped_release release;
-  const std::int64_t parts = std::min<std::int64_t>(std::max(threads, 1), (n + grain - 1) / grain);
-  if (parts <= 1) {
-    if (n > 0) f(std::int64_t{0}, n);
-    return;
-  }
-  std::vector<std::thread> pool;
-  for (std::int64_t p = 1; p < parts; ++p) pool.emplace_back(f, n * p / parts, n * (p + 1) / parts);
-  f(std::int64_t{0}, n / parts);
-  for (std::thread& t : pool) t.join();
 }
 
 template <typename F>
@@ -212,4 +199,5 @@ PYBIND11_MODULE(_native, m) {
   m.def("lanczos_step", &lanczos_step, py::arg("image"), py::arg("current"), py::arg("previous"),
         py::arg("beta"), py::arg("threads") = 1);
   m.def("build_info", &build_info);
+  bind_jets(m);
 }

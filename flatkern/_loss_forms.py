@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flatkern import kernels
 from flatkern._loss import (
     Loss,
     Reduction,
@@ -17,6 +18,7 @@ from flatkern._loss import (
     draw_classes,
     identity_cotangents,
 )
+from flatkern.kernels._jet_operator import DTYPES as JET_DTYPES
 
 __all__ = ["bce_with_logits", "cross_entropy", "huber", "mse", "nll", "token_cross_entropy"]
 
@@ -187,13 +189,18 @@ def cross_entropy(loss_fn: nn.CrossEntropyLoss, reduction: Reduction) -> Loss:
         return (1 - smoothing) * label_weights(output, target) + smoothing / classes * w.sum() * kept
 
     def product(output: Tensor, target: Tensor, v: Tensor) -> Tensor:
+        scale = omega(output, target)
+        if output.dtype in JET_DTYPES and v.dtype == output.dtype:
+            wide = scale.float() if output.dtype == torch.bfloat16 else scale
+            vectors = v.reshape(-1, *output.shape)
+            return kernels.cross_entropy_hvp(output, vectors, scale=wide, dim=1).reshape(v.shape)
         p = output.softmax(1)
         axis = v.ndim - output.ndim + 1
         # H takes a constant to 0: measured from the likeliest class, nothing cancels where p is nearly 1
         top = output.argmax(1, keepdim=True)
         v = v - v.gather(axis, top.expand(*v.shape[: axis - 1], *top.shape))
         mean = (p * v).sum(axis, keepdim=True)
-        return omega(output, target).unsqueeze(1) * p * (v - mean)
+        return scale.unsqueeze(1) * p * (v - mean)
 
     def root(output: Tensor, target: Tensor) -> Tensor:
         return _softmax_root(output) * omega(output, target).sqrt().unsqueeze(1)

@@ -20,6 +20,46 @@ except ImportError as _error:
         f"({_error}); build them with `FLATKERN_BUILD=required pip install --no-build-isolation -e .`"
     ) from _error
 
+from flatkern._native_jets import (
+    ActivationDerivatives,
+    Jet,
+    Pullback,
+    activation_derivatives,
+    activation_jet,
+    activation_pullback,
+    cross_entropy_hvp,
+    layer_norm_jet,
+    layer_norm_pullback,
+    rms_norm_jet,
+    rms_norm_pullback,
+    softmax_jet,
+)
+
+__all__ = [
+    "ActivationDerivatives",
+    "GramStats",
+    "Jet",
+    "LanczosStep",
+    "Pullback",
+    "activation_derivatives",
+    "activation_jet",
+    "activation_pullback",
+    "build_info",
+    "cross_entropy_hvp",
+    "gram",
+    "gram_stats",
+    "lanczos_step",
+    "layer_norm_jet",
+    "layer_norm_pullback",
+    "normal",
+    "rademacher",
+    "rademacher_dot",
+    "rms_norm_jet",
+    "rms_norm_pullback",
+    "softmax_jet",
+    "spd_logdet",
+]
+
 Floats = NDArray[np.float32] | NDArray[np.float64]
 _MAX_DIMS = 10
 

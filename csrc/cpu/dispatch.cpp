@@ -81,4 +81,12 @@ std::int64_t grain_gram(std::int64_t c, std::int64_t d) {
   return grain(20 + 1.0 * n * n + 0.03 * n * n * n + 0.05 * n * n * static_cast<double>(d));
 }
 
+std::int64_t grain_chunks(std::int64_t tangents) {
+  return grain(0.5 * static_cast<double>(kJetChunk) * static_cast<double>(2 + tangents));
+}
+
+std::int64_t grain_rows(std::int64_t cols, std::int64_t tangents) {
+  return grain(50 + 0.5 * static_cast<double>(cols) * static_cast<double>(2 + 2 * tangents));
+}
+
 }  // namespace flatkern::cpu

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../common/matrices.h"
+#include "jet_kernels.h"
 
 namespace flatkern::cpu {
 
@@ -62,10 +63,16 @@ struct Kernels {
   int vector_bytes;
   TypedKernels<float> f32;
   TypedKernels<double> f64;
+  JetKernels<float> jets_f32;
+  JetKernels<double> jets_f64;
+  JetKernels<Bf16> jets_bf16;
   const ProbeKernels* probes;
 
   const TypedKernels<float>& of(float) const { return f32; }
   const TypedKernels<double>& of(double) const { return f64; }
+  const JetKernels<float>& jets(float) const { return jets_f32; }
+  const JetKernels<double>& jets(double) const { return jets_f64; }
+  const JetKernels<Bf16>& jets(Bf16) const { return jets_bf16; }
 };
 
 // The best table for this processor, chosen once; the environment variable FLATKERN_ISA

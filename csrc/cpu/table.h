@@ -2,8 +2,15 @@
 #pragma once
 
 #include "batch_gram.h"
+#include "norm_jets.h"
+#include "softmax_jets.h"
 
 namespace flatkern::cpu::FLATKERN_ISA {
+
+template <typename E>
+constexpr JetKernels<E> jet_kernels = {
+    activation_derivatives<E>, activation_jet<E>, activation_pullback<E>, softmax_jet<E>,
+    logsumexp_jet<E>,          norm_jet<E>,       norm_pullback<E>};
 
 extern const ProbeKernels probe_table;
 extern const Kernels table;
@@ -12,6 +19,9 @@ const Kernels table = {
     FLATKERN_VECTOR_BYTES,
     {spd_logdet<float>, spd_inverse<float>, gram<float>, gram_stats<float>},
     {spd_logdet<double>, spd_inverse<double>, gram<double>, gram_stats<double>},
+    jet_kernels<float>,
+    jet_kernels<double>,
+    jet_kernels<Bf16>,
     &probe_table,
 };
 

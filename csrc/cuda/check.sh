@@ -9,10 +9,12 @@ cd "$(dirname "$0")/../.."
 MAX_SPILL_BYTES=0
 
 mkdir -p build
-if [ ! -x build/test_shared_math ] || [ -n "$(find csrc/common csrc/tests/test_shared_math.cpp -newer build/test_shared_math)" ]; then
-  "${CXX:-g++}" -std=c++17 -O2 -Wall -Wextra -Icsrc csrc/tests/test_shared_math.cpp -o build/test_shared_math
-fi
-build/test_shared_math
+for test in test_shared_math test_jet_math; do
+  if [ ! -x "build/$test" ] || [ -n "$(find csrc/common "csrc/tests/$test.cpp" -newer "build/$test")" ]; then
+    "${CXX:-g++}" -std=c++17 -O2 -Wall -Wextra -Wno-psabi -Icsrc "csrc/tests/$test.cpp" -o "build/$test"
+  fi
+  "build/$test"
+done
 
 if ! command -v nvcc >/dev/null && [ ! -x "${CUDA_HOME:-/nonexistent}/bin/nvcc" ]; then
   echo "cuda-check: nvcc was not found, so the CUDA kernels were NOT compiled (shared mathematics: passed)"
@@ -63,6 +65,7 @@ torch.ops.load_library(library)
 x = torch.randn(20, 10, 33, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 logdet, *_ = torch.ops.flatkern.gram_stats(x)
 torch.testing.assert_close(logdet, torch.linalg.slogdet(x @ x.mT).logabsdet)
+torch.testing.assert_close(torch.ops.flatkern.activation_derivatives(x, 4, 1.0, 0.0)[0], x.tanh())
 where = "" if torch.cuda.is_available() else "; there is no GPU here, so no CUDA kernel was run"
 print(f"cuda-check: {library.name} with CUDA kernels built, linked and loaded on torch {torch.__version__}{where}")
 PYTHON

@@ -1,31 +1,56 @@
-"""Kernels over torch tensors: log-determinants and Gram matrices, random probes, a Lanczos step, attention.
+"""Kernels over torch tensors: log-determinants and Gram matrices, random probes, a Lanczos step, attention, and
+activations, softmax, cross-entropy and norms with their second-order terms.
 
 Every operator is an ordinary differentiable function (`grad`, `jvp`, `vmap`, second order, `torch.compile`),
 and has two implementations with the same results: a pure-PyTorch reference and a compiled one (SIMD on the
 CPU, CUDA where it was built); `attention` has the former only, and no third derivatives.
 `FLATKERN_KERNELS=auto|compiled|reference`, read at import, chooses; `active()` says what was chosen and why.
-`flatkern.native` offers the small matrices' kernels over NumPy arrays.
+`flatkern.native` offers the kernels over NumPy arrays.
 """
 
+from ._activation_jets import (
+    ActivationDerivatives,
+    Jet,
+    Pullback,
+    activation_derivatives,
+    activation_jet,
+    activation_pullback,
+)
 from ._attention import attention
 from ._gram import gram
 from ._gram_stats import GramStats, gram_stats
 from ._lanczos_step import LanczosStep, lanczos_step
+from ._norm_jets import layer_norm_jet, layer_norm_pullback, rms_norm_jet, rms_norm_pullback
 from ._probes import normal, rademacher, rademacher_dot
 from ._select import KernelInfo, active
+from ._softmax_jets import CrossEntropyJet, cross_entropy_hvp, cross_entropy_jet, softmax_jet
 from ._spd_logdet import spd_logdet
 
 __all__ = [
+    "ActivationDerivatives",
+    "CrossEntropyJet",
     "GramStats",
+    "Jet",
     "KernelInfo",
     "LanczosStep",
+    "Pullback",
+    "activation_derivatives",
+    "activation_jet",
+    "activation_pullback",
     "active",
     "attention",
+    "cross_entropy_hvp",
+    "cross_entropy_jet",
     "gram",
     "gram_stats",
     "lanczos_step",
+    "layer_norm_jet",
+    "layer_norm_pullback",
     "normal",
     "rademacher",
     "rademacher_dot",
+    "rms_norm_jet",
+    "rms_norm_pullback",
+    "softmax_jet",
     "spd_logdet",
 ]

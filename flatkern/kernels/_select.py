@@ -83,6 +83,8 @@ class _State:
         self.build = _build_info()
         self.problem = _load()
         self.available = not self.problem
+        # a library of an earlier build in a source tree lacks what was added since
+        self.jets = self.available and hasattr(torch.ops.flatkern, "activation_jet")
         self.compiled = self.available and self.requested != "reference"
         if self.requested == "compiled" and self.problem:
             raise ImportError(f"FLATKERN_KERNELS=compiled, but there are no compiled kernels: {self.problem}")
@@ -109,6 +111,18 @@ def runs_compiled_rows(device: torch.device) -> bool:
     if not _state.compiled:
         return False
     return device.type == "cpu" or (device.type == "cuda" and bool(_state.build.get("cuda")))
+
+
+def runs_elementwise(x: Tensor) -> bool:
+    """Whether the compiled jets run for this tensor: they have no limit of size."""
+    if not _state.compiled or not _state.jets or x.device.type not in ("cpu", "cuda"):
+        return False
+    return x.device.type == "cpu" or bool(_state.build.get("cuda"))
+
+
+def jets_available() -> bool:
+    """Whether the library that was loaded has the jets."""
+    return _state.jets
 
 
 def compiled_available() -> bool:

@@ -49,23 +49,32 @@ class GGNOperator(CurvatureOperator):
         self, output: Tensor, target: Tensor, index: int, tape: GradientTape | None
     ) -> Linearization:
         self._numerator(output.detach(), target)  # its checks only
-        return curved(self._parameters, output, _loss_product(output.detach(), target, self._loss), tape)
+        product = _loss_product(output.detach(), target, self._loss)
+        return curved(self._parameters, output, product, tape, several=self._loss.product is not None)
 
 
 def curved(
-    parameters: Sequence[Tensor], output: Tensor, product: OutputProduct, tape: GradientTape | None
+    parameters: Sequence[Tensor],
+    output: Tensor,
+    product: OutputProduct,
+    tape: GradientTape | None,
+    *,
+    several: bool = False,
 ) -> Linearization:
-    """Jᵀ C J with C in closed form: by autograd's graph, or as tangent programs with the tape of the output."""
+    """Jᵀ C J with C in closed form: by autograd's graph, or as tangent programs with the tape of the output.
+
+    ``several``: C also takes [k, *output], all vectors in one call.
+    """
     if tape is None:
-        return CurvedOutput(OutputMap(parameters, output), product)
-    return LinearizedOutput(tape, output, parameters, product)
+        return CurvedOutput(OutputMap(parameters, output), product, several=several)
+    return LinearizedOutput(tape, output, parameters, product, several=several)
 
 
 class CurvedOutput:
-    """Jᵀ C J of one batch, C a symmetric map [*output] → [*output]."""
+    """Jᵀ C J of one batch, C a symmetric map [*output] → [*output]; ``several`` as of :func:`curved`."""
 
-    def __init__(self, outputs: OutputMap, product: OutputProduct) -> None:
-        self._map, self._product = outputs, product
+    def __init__(self, outputs: OutputMap, product: OutputProduct, *, several: bool = False) -> None:
+        self._map, self._product, self._several = outputs, product, several
 
     @property
     def roots(self) -> Sequence[Tensor]:
@@ -84,7 +93,7 @@ class CurvedOutput:
         change = self._map.push(tangents, batched=batched)
         if change is None:
             return [None] * len(wanted)
-        if batched:  # the output is small beside the network: its map goes vector by vector
+        if batched and not self._several:
             rows = [row for c in change if (row := self._product(c)) is not None]
             curved = torch.stack(rows) if rows else None
         else:
@@ -96,7 +105,9 @@ def _loss_product(point: Tensor, target: Tensor, loss: Loss) -> OutputProduct:
     """The output Hessian of the numerator over the number of samples."""
     closed_form = loss.product
     if closed_form is not None:
-        return lambda change: closed_form(point, target, change) / len(point)
+        return lambda change: closed_form(point, target, change).div_(
+            len(point)
+        )  # closed forms give new tensors
     found = output_gradient(point, target, loss, create_graph=True)
     if found is None:
         return lambda change: None

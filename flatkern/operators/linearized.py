@@ -68,8 +68,10 @@ class LinearizedOutput:
         output: Tensor,
         parameters: Sequence[Tensor],
         product: Callable[[Tensor], Tensor | None],
+        *,
+        several: bool = False,
     ) -> None:
-        self._product = product
+        self._product, self._several = product, several
         self._push: TangentProgram | None = None  # an output without gradients has none
         self._pull: TangentProgram | None = None
         if not output.requires_grad:
@@ -100,8 +102,11 @@ class LinearizedOutput:
         (change,) = self._push.apply(_rows(tangents, batched), [0])
         if change is None:
             return nothing
-        rows = [row for c in change if (row := self._product(c)) is not None]
-        if not rows:
+        if self._several:
+            curved = self._product(change)
+        else:
+            rows = [row for c in change if (row := self._product(c)) is not None]
+            curved = torch.stack(rows) if rows else None
+        if curved is None:
             return nothing
-        curved = torch.stack(rows)
         return _run(self._pull, [curved if batched else curved[0]], wanted, batched, places)

@@ -8,6 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from flatkern import kernels
+from flatkern.kernels._activation_forms import Kind
+from flatkern.kernels._jet_operator import DTYPES
 from flatkern.residual.rule import Rule, Spread, Tangents
 from flatkern.tape import Op
 
@@ -43,9 +46,23 @@ class Elementwise(Rule):
         return self._weight * spread.variance
 
 
+def _kind(op: Op) -> Kind | None:
+    """The kernel's name of an activation that has one and no parameters."""
+    if op.args[0].tensor.dtype not in DTYPES:
+        return None
+    if op.name == "gelu":
+        form = op.kwargs.get("approximate", op.args[1] if len(op.args) > 1 else "none")
+        return "gelu" if form == "none" else "gelu_tanh"
+    kinds: dict[str, Kind] = {"silu": "silu", "tanh": "tanh", "sigmoid": "sigmoid"}
+    return kinds.get(op.name)
+
+
 def _derivatives(op: Op) -> tuple[Tensor, Tensor | None]:
     """φ' and φ'' at the operation's input; ``None`` for φ'' = 0."""
     z, y = op.args[0].tensor, op.output.tensor
+    kind = _kind(op)
+    if kind is not None:
+        return kernels.activation_derivatives(z, kind)[1:]
     if op.name == "tanh":
         slope = 1 - y.square()
         return slope, (slope * y).mul_(-2)

@@ -1,0 +1,265 @@
+// Softmax, cross-entropy and norms with their terms along tangents: a block a row (rows strided over the
+// grid), sums by shuffles and one word a warp of shared memory. A row is read again for every pass, from the
+// caches where it fits; four passes over a tangent's row at most.
+#include <cuda_runtime.h>
+
+#include "jets.h"
+
+namespace flatkern::cuda {
+namespace {
+
+constexpr int kMostThreads = 512;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+struct Add {
+  template <typename T>
+  __device__ __forceinline__ T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+
+struct Largest {
+  template <typename T>
+  __device__ __forceinline__ T operator()(T a, T b) const {
+    return b > a ? b : a;
+  }
+};
+
+// Combines x over the block; every thread gets the result. blockDim.x is a multiple of 32.
+template <typename T, typename Op>
+__device__ __forceinline__ T over_block(T x, const Op& op) {
+  __shared__ T parts[kMostThreads / 32];
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x = op(x, __shfl_xor_sync(kAllLanes, x, step));
+  const int warps = blockDim.x / 32;
+  __syncthreads();  // what was here before has been read
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
+  __syncthreads();
+  T all = parts[0];
+  for (int w = 1; w < warps; ++w) all = op(all, parts[w]);
+  return all;
+}
+
+// The sum of f(column) over the columns of the row.
+template <typename T, typename F>
+__device__ __forceinline__ T total(std::int64_t n, const F& f) {
+  T sum = T(0);
+  for (std::int64_t i = threadIdx.x; i < n; i += blockDim.x) sum += f(i);
+  return over_block(sum, Add{});
+}
+
+template <typename F>
+__device__ __forceinline__ void each(std::int64_t n, const F& f) {
+  for (std::int64_t i = threadIdx.x; i < n; i += blockDim.x) f(i);
+}
+
+// The largest entry of a row and the lowest place where it stands.
+template <typename E>
+__device__ __forceinline__ wide_t<E> peak(const E* z, std::int64_t n, std::int64_t* place) {
+  typedef wide_t<E> T;
+  T best = -static_cast<T>(__int_as_float(0x7f800000));
+  for (std::int64_t i = threadIdx.x; i < n; i += blockDim.x) best = Largest{}(best, widen(z[i]));
+  best = over_block(best, Largest{});
+  long long first = 0;  // the negative place, so that the largest is the first
+  if (place) {
+    first = -static_cast<long long>(n);
+    for (std::int64_t i = threadIdx.x; i < n && first == -static_cast<long long>(n); i += blockDim.x) {
+      if (widen(z[i]) == best) first = -static_cast<long long>(i);
+    }
+    first = over_block(first, Largest{});
+    *place = first == -static_cast<long long>(n) ? 0 : -first;
+  }
+  return best;
+}
+
+template <typename E>
+__global__ void __launch_bounds__(kMostThreads) softmax_rows(SoftmaxJetArgs<E> a) {
+  typedef wide_t<E> T;
+  const std::int64_t n = a.cols;
+  for (std::int64_t r = blockIdx.x; r < a.rows; r += gridDim.x) {
+    const E* z = a.z + r * n;
+    const T top = peak(z, n, nullptr);
+    const auto e = [&](std::int64_t i) { return weight_of(widen(z[i]) - top); };
+    const T sum = total<T>(n, e), per = T(1) / sum, shift = log(sum);
+    E* value = a.value + r * n;
+    each(n, [&](std::int64_t i) { narrow(a.log ? widen(z[i]) - top - shift : e(i) * per, value + i); });
+    for (std::int64_t j = 0; j < a.k; ++j) {
+      const std::int64_t at = (j * a.rows + r) * n;
+      const E* t = a.t + at;
+      const T mean = per * total<T>(n, [&](std::int64_t i) { return e(i) * widen(t[i]); });
+      const T variance = per * total<T>(n, [&](std::int64_t i) {
+                           const T c = widen(t[i]) - mean;
+                           return e(i) * c * c;
+                         });
+      each(n, [&](std::int64_t i) {
+        const T p = e(i) * per, c = widen(t[i]) - mean;
+        narrow(a.log ? c : p * c, a.first + at + i);
+        narrow(a.log ? -variance : p * (c * c - variance), a.second + at + i);
+      });
+    }
+  }
+}
+
+template <typename E>
+__global__ void __launch_bounds__(kMostThreads) logsumexp_rows(LogSumExpArgs<E> a) {
+  typedef wide_t<E> T;
+  const std::int64_t n = a.cols;
+  for (std::int64_t r = blockIdx.x; r < a.rows; r += gridDim.x) {
+    const E* z = a.z + r * n;
+    std::int64_t place = 0;
+    const T top = peak(z, n, &place);
+    const auto e = [&](std::int64_t i) { return weight_of(widen(z[i]) - top); };
+    const T rest = total<T>(n, [&](std::int64_t i) { return i == place ? T(0) : e(i); });
+    const T own = e(place), per = T(1) / (own + rest), scale = a.scale ? a.scale[r] : T(1);
+    if (a.excess && threadIdx.x == 0) a.excess[r] = log1p(rest + (own - T(1)));
+    if (a.gradient) {
+      E* gradient = a.gradient + r * n;
+      each(n, [&](std::int64_t i) { narrow(e(i) * (per * scale), gradient + i); });
+    }
+    for (std::int64_t j = 0; j < a.k; ++j) {
+      const std::int64_t at = (j * a.rows + r) * n;
+      const E* v = a.v + at;
+      const T origin = widen(v[place]);
+      const T offset = per * total<T>(n, [&](std::int64_t i) { return e(i) * (widen(v[i]) - origin); });
+      each(n, [&](std::int64_t i) {
+        narrow(e(i) * (per * scale) * ((widen(v[i]) - origin) - offset), a.product + at + i);
+      });
+    }
+  }
+}
+
+// Mean and 1 / sigma of a row.
+template <typename E>
+struct Moments {
+  wide_t<E> mean, inverse;
+};
+
+template <typename E>
+__device__ __forceinline__ wide_t<E> mean_of(const E* row, std::int64_t n, bool wanted) {
+  typedef wide_t<E> T;
+  return wanted ? total<T>(n, [&](std::int64_t i) { return widen(row[i]); }) / static_cast<T>(n) : T(0);
+}
+
+template <typename E>
+__device__ __forceinline__ Moments<E> moments(const E* x, std::int64_t n, double eps, bool centred) {
+  typedef wide_t<E> T;
+  const T mean = mean_of(x, n, centred);
+  const T square = total<T>(n, [&](std::int64_t i) {
+    const T c = widen(x[i]) - mean;
+    return c * c;
+  });
+  return {mean, T(1) / sqrt(square / static_cast<T>(n) + static_cast<T>(eps))};
+}
+
+template <typename E>
+__global__ void __launch_bounds__(kMostThreads) norm_rows(NormJetArgs<E> a) {
+  typedef wide_t<E> T;
+  const std::int64_t n = a.cols;
+  const T per = T(1) / static_cast<T>(n);
+  const auto weight = [&](std::int64_t i) { return a.weight ? widen(a.weight[i]) : T(1); };
+  for (std::int64_t r = blockIdx.x; r < a.rows; r += gridDim.x) {
+    const E* x = a.x + r * n;
+    const Moments<E> m = moments(x, n, a.eps, a.centred);
+    const auto unit = [&](std::int64_t i) { return (widen(x[i]) - m.mean) * m.inverse; };
+    E* value = a.value + r * n;
+    each(n, [&](std::int64_t i) {
+      narrow(unit(i) * weight(i) + (a.bias ? widen(a.bias[i]) : T(0)), value + i);
+    });
+    for (std::int64_t j = 0; j < a.k; ++j) {
+      const std::int64_t at = (j * a.rows + r) * n;
+      const E* t = a.t + at;
+      const T mean = mean_of(t, n, a.centred);
+      const T p = per * total<T>(n, [&](std::int64_t i) { return unit(i) * (widen(t[i]) - mean); });
+      const T q = per * total<T>(n, [&](std::int64_t i) {
+                    const T c = widen(t[i]) - mean;
+                    return c * c;
+                  });
+      const T bend = (T(3) * p * p - q) * m.inverse * m.inverse, turn = T(-2) * p * m.inverse * m.inverse;
+      each(n, [&](std::int64_t i) {
+        const T c = widen(t[i]) - mean, u = unit(i), w = weight(i);
+        narrow((c - u * p) * m.inverse * w, a.first + at + i);
+        narrow((u * bend + c * turn) * w, a.second + at + i);
+      });
+    }
+  }
+}
+
+template <typename E>
+__global__ void __launch_bounds__(kMostThreads) norm_pullback_rows(NormPullbackArgs<E> a) {
+  typedef wide_t<E> T;
+  const std::int64_t n = a.cols;
+  const T per = T(1) / static_cast<T>(n);
+  const auto weight = [&](std::int64_t i) { return a.weight ? widen(a.weight[i]) : T(1); };
+  for (std::int64_t r = blockIdx.x; r < a.rows; r += gridDim.x) {
+    const E *x = a.x + r * n, *g = a.g + r * n;
+    const Moments<E> m = moments(x, n, a.eps, a.centred);
+    const auto unit = [&](std::int64_t i) { return (widen(x[i]) - m.mean) * m.inverse; };
+    const auto raw = [&](std::int64_t i) { return widen(g[i]) * weight(i); };
+    const T mean_h = a.centred ? per * total<T>(n, raw) : T(0);
+    const auto h = [&](std::int64_t i) { return raw(i) - mean_h; };
+    const T along = per * total<T>(n, [&](std::int64_t i) { return h(i) * unit(i); });
+    E* cotangent = a.cotangent + r * n;
+    each(n, [&](std::int64_t i) { narrow((h(i) - unit(i) * along) * m.inverse, cotangent + i); });
+    for (std::int64_t j = 0; j < a.k; ++j) {
+      const std::int64_t at = (j * a.rows + r) * n;
+      const E *t = a.t + at, *dg = a.dg + at;
+      const T mean_t = mean_of(t, n, a.centred);
+      const auto c = [&](std::int64_t i) { return widen(t[i]) - mean_t; };
+      const auto dh = [&](std::int64_t i) { return widen(dg[i]) * weight(i); };
+      const T p = per * total<T>(n, [&](std::int64_t i) { return unit(i) * c(i); });
+      const T across = per * total<T>(n, [&](std::int64_t i) { return h(i) * c(i); });
+      const T own = per * total<T>(n, [&](std::int64_t i) { return unit(i) * dh(i); });
+      const T mean_dh = a.centred ? per * total<T>(n, dh) : T(0);
+      const T turn = own + m.inverse * (across - p * along);
+      each(n, [&](std::int64_t i) {
+        const T u = unit(i), pulled = h(i) - u * along;
+        const T bent = dh(i) - mean_dh - (c(i) - u * p) * (m.inverse * along) - u * turn;
+        narrow((bent - pulled * (p * m.inverse)) * m.inverse, a.tangents + at + i);
+      });
+    }
+  }
+}
+
+template <typename Args>
+int launch(void (*kernel)(Args), const Args& args, void* stream) {
+  if (args.rows == 0 || args.cols == 0) return 0;
+  const std::int64_t whole = (args.cols + 31) / 32 * 32;
+  const unsigned threads = static_cast<unsigned>(whole < kMostThreads ? whole : kMostThreads);
+  const std::int64_t most = 1 << 20;
+  const unsigned blocks = static_cast<unsigned>(args.rows < most ? args.rows : most);
+  kernel<<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+  return static_cast<int>(cudaGetLastError());
+}
+
+}  // namespace
+
+template <typename E>
+int run(const SoftmaxJetArgs<E>& args, void* stream) {
+  return launch(softmax_rows<E>, args, stream);
+}
+
+template <typename E>
+int run(const LogSumExpArgs<E>& args, void* stream) {
+  return launch(logsumexp_rows<E>, args, stream);
+}
+
+template <typename E>
+int run(const NormJetArgs<E>& args, void* stream) {
+  return launch(norm_rows<E>, args, stream);
+}
+
+template <typename E>
+int run(const NormPullbackArgs<E>& args, void* stream) {
+  return launch(norm_pullback_rows<E>, args, stream);
+}
+
+#define FLATKERN_INSTANTIATE(E)                         \
+  template int run<E>(const SoftmaxJetArgs<E>&, void*); \
+  template int run<E>(const LogSumExpArgs<E>&, void*);  \
+  template int run<E>(const NormJetArgs<E>&, void*);    \
+  template int run<E>(const NormPullbackArgs<E>&, void*);
+FLATKERN_INSTANTIATE(float)
+FLATKERN_INSTANTIATE(double)
+FLATKERN_INSTANTIATE(Bf16)
+
+}  // namespace flatkern::cuda

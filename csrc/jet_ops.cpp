@@ -1,0 +1,369 @@
+// The torch door of the jets: schemas, outputs and raw pointers. Operands are contiguous and checked in
+// Python (flatkern/kernels); what would be unsafe is checked here again.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cpu/kernels.h"
+#ifdef FLATKERN_CUDA
+#include "cuda/jets.h"
+#pragma weak aoti_torch_get_current_cuda_stream
+#endif
+
+namespace {
+
+using flatkern::ActivationSpec;
+using flatkern::Bf16;
+using flatkern::wide_t;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Maybe = std::optional<Tensor>;
+
+Tensor like(const Tensor& x, ScalarType dtype, std::size_t dims) {
+  const auto sizes = x.sizes();
+  return torch::stable::new_empty(x, {sizes.data(), dims}, dtype);
+}
+
+Tensor like(const Tensor& x) {
+  return like(x, x.scalar_type(), x.sizes().size());
+}
+
+template <typename F>
+void dispatch(const Tensor& x, F&& f) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::BFloat16:
+      return f(Bf16{});
+    default:
+      STD_TORCH_CHECK(false, "flatkern: supported dtypes are float32, float64 and bfloat16");
+  }
+}
+
+void check_operand(const Tensor& x, const Tensor& primal, std::int64_t entries) {
+  STD_TORCH_CHECK(x.scalar_type() == primal.scalar_type(), "flatkern: dtypes differ");
+  STD_TORCH_CHECK(x.numel() == entries, "flatkern: an operand or result has ", x.numel(), " entries, not ",
+                  entries);
+  STD_TORCH_CHECK(x.is_contiguous(), "flatkern: operands and results must be contiguous");
+}
+
+template <typename E>
+const E* in(const Tensor& x, const Tensor& primal, std::int64_t entries) {
+  check_operand(x, primal, entries);
+  return static_cast<const E*>(x.const_data_ptr());
+}
+
+template <typename E>
+const E* in(const Maybe& x, const Tensor& primal, std::int64_t entries) {
+  return x ? in<E>(*x, primal, entries) : nullptr;
+}
+
+template <typename E>
+E* out(const Tensor& x, const Tensor& primal, std::int64_t entries) {
+  check_operand(x, primal, entries);
+  return static_cast<E*>(x.mutable_data_ptr());
+}
+
+ActivationSpec spec_of(std::int64_t kind, double a, double b) {
+  STD_TORCH_CHECK(kind >= 0 && kind < static_cast<std::int64_t>(flatkern::Activation::count),
+                  "flatkern: unknown activation ", kind);
+  return {static_cast<flatkern::Activation>(kind), a, b};
+}
+
+struct Rows {
+  std::int64_t rows, cols, k;
+
+  Rows(const Tensor& z, const Tensor& t) : rows(0), cols(z.size(z.dim() - 1)), k(t.size(0)) {
+    STD_TORCH_CHECK(cols < std::int64_t(1) << 31, "flatkern: a row has more than 2^31 entries");
+    rows = cols ? z.numel() / cols : 0;
+  }
+  std::int64_t all() const { return rows * cols; }
+};
+
+// How the work is spread: over torch's threads on the CPU, one launch on the current stream on a GPU.
+#ifdef FLATKERN_CUDA
+bool on_gpu(const Tensor& x) {
+  return x.is_cuda();
+}
+
+struct Launch {
+  torch::stable::accelerator::DeviceGuard guard;
+  void* stream = nullptr;
+
+  explicit Launch(const Tensor& x) : guard(x.get_device_index()) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  }
+  static void check(int error) {
+    STD_TORCH_CHECK(error == 0, "flatkern: CUDA kernel launch failed: ", flatkern::cuda::error_string(error));
+  }
+};
+#endif
+
+template <typename E, typename Args>
+void run_chunks(const Tensor& z, std::int64_t k, const ActivationSpec& spec, const Args& args,
+                void (*kernel)(const ActivationSpec&, const Args&, std::int64_t, std::int64_t,
+                               std::int64_t)) {
+  const std::int64_t n = z.numel();
+#ifdef FLATKERN_CUDA
+  if (on_gpu(z)) {
+    const Launch launch(z);
+    return Launch::check(flatkern::cuda::run(spec, args, n, launch.stream));
+  }
+#endif
+  torch::stable::parallel_for(
+      0, flatkern::cpu::jet_chunks(n), flatkern::cpu::grain_chunks(k),
+      [&](std::int64_t begin, std::int64_t end) { kernel(spec, args, n, begin, end); });
+}
+
+template <typename E, typename Args>
+void run_rows(const Tensor& z, const Args& args,
+              void (*kernel)(const Args&, std::int64_t, std::int64_t, wide_t<E>*)) {
+#ifdef FLATKERN_CUDA
+  if (on_gpu(z)) {
+    const Launch launch(z);
+    return Launch::check(flatkern::cuda::run(args, launch.stream));
+  }
+#endif
+  torch::stable::parallel_for(
+      0, args.rows, flatkern::cpu::grain_rows(args.cols, args.k), [&](std::int64_t begin, std::int64_t end) {
+        std::vector<wide_t<E>> scratch(static_cast<std::size_t>(flatkern::cpu::scratch_entries(args.cols)));
+        kernel(args, begin, end, scratch.data());
+      });
+}
+
+using flatkern::cpu::kernels;
+
+void activation_derivatives_out(Tensor z, std::int64_t kind, double a, double b, Tensor value, Tensor slope,
+                                Tensor bend) {
+  const ActivationSpec spec = spec_of(kind, a, b);
+  dispatch(z, [&](auto zero) {
+    using E = decltype(zero);
+    const std::int64_t n = z.numel();
+    const flatkern::ActivationDerivativesArgs<E> args = {in<E>(z, z, n), out<E>(value, z, n),
+                                                         out<E>(slope, z, n), out<E>(bend, z, n)};
+    run_chunks<E>(z, 1, spec, args, kernels().jets(zero).derivatives);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> activation_derivatives(Tensor z, std::int64_t kind, double a, double b) {
+  Tensor value = like(z), slope = like(z), bend = like(z);
+  activation_derivatives_out(z, kind, a, b, value, slope, bend);
+  return {value, slope, bend};
+}
+
+void activation_jet_out(Tensor z, Tensor t, Maybe s, std::int64_t kind, double a, double b, Tensor value,
+                        Tensor first, Maybe second) {
+  const ActivationSpec spec = spec_of(kind, a, b);
+  dispatch(z, [&](auto zero) {
+    using E = decltype(zero);
+    const std::int64_t n = z.numel(), k = t.size(0);
+    const flatkern::ActivationJetArgs<E> args = {in<E>(z, z, n),
+                                                 in<E>(t, z, k * n),
+                                                 in<E>(s, z, k * n),
+                                                 k,
+                                                 out<E>(value, z, n),
+                                                 out<E>(first, z, k * n),
+                                                 second ? out<E>(*second, z, k * n) : nullptr};
+    run_chunks<E>(z, k, spec, args, kernels().jets(zero).jet);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> activation_jet(Tensor z, Tensor t, Maybe s, std::int64_t kind, double a,
+                                                  double b, std::int64_t order) {
+  Tensor value = like(z), first = like(t);
+  if (order == 2) {
+    Tensor second = like(t);
+    activation_jet_out(z, t, s, kind, a, b, value, first, second);
+    return {value, first, second};
+  }
+  activation_jet_out(z, t, s, kind, a, b, value, first, std::nullopt);
+  const std::int64_t none = 0;
+  return {value, first, torch::stable::new_empty(z, {&none, 1}, z.scalar_type())};
+}
+
+void activation_pullback_out(Tensor z, Tensor g, Tensor t, Tensor dg, std::int64_t kind, double a, double b,
+                             Tensor cotangent, Tensor tangents) {
+  const ActivationSpec spec = spec_of(kind, a, b);
+  dispatch(z, [&](auto zero) {
+    using E = decltype(zero);
+    const std::int64_t n = z.numel(), k = t.size(0);
+    const flatkern::ActivationPullbackArgs<E> args = {in<E>(z, z, n),
+                                                      in<E>(g, z, n),
+                                                      in<E>(t, z, k * n),
+                                                      in<E>(dg, z, k * n),
+                                                      k,
+                                                      out<E>(cotangent, z, n),
+                                                      out<E>(tangents, z, k * n)};
+    run_chunks<E>(z, k, spec, args, kernels().jets(zero).pullback);
+  });
+}
+
+std::tuple<Tensor, Tensor> activation_pullback(Tensor z, Tensor g, Tensor t, Tensor dg, std::int64_t kind,
+                                               double a, double b) {
+  Tensor cotangent = like(z), tangents = like(t);
+  activation_pullback_out(z, g, t, dg, kind, a, b, cotangent, tangents);
+  return {cotangent, tangents};
+}
+
+std::tuple<Tensor, Tensor, Tensor> softmax_jet(Tensor z, Tensor t, bool log) {
+  Tensor value = like(z), first = like(t), second = like(t);
+  dispatch(z, [&](auto zero) {
+    using E = decltype(zero);
+    const Rows r(z, t);
+    const flatkern::SoftmaxJetArgs<E> args = {r.rows,
+                                              r.cols,
+                                              r.k,
+                                              in<E>(z, z, r.all()),
+                                              in<E>(t, z, r.k * r.all()),
+                                              log,
+                                              out<E>(value, z, r.all()),
+                                              out<E>(first, z, r.k * r.all()),
+                                              out<E>(second, z, r.k * r.all())};
+    run_rows<E>(z, args, kernels().jets(zero).softmax);
+  });
+  return {value, first, second};
+}
+
+void logsumexp(const Tensor& z, const Maybe& scale, const Tensor& v, const Tensor* excess,
+               const Tensor* gradient, const Tensor& product) {
+  dispatch(z, [&](auto zero) {
+    using E = decltype(zero);
+    using T = wide_t<E>;
+    const Rows r(z, v);
+    if (scale) {
+      const bool wide = scale->scalar_type() == (sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float);
+      STD_TORCH_CHECK(wide && scale->numel() == r.rows && scale->is_contiguous(),
+                      "flatkern: scale must hold one number a row");
+    }
+    const flatkern::LogSumExpArgs<E> args = {r.rows,
+                                             r.cols,
+                                             r.k,
+                                             in<E>(z, z, r.all()),
+                                             scale ? static_cast<const T*>(scale->const_data_ptr()) : nullptr,
+                                             in<E>(v, z, r.k * r.all()),
+                                             excess ? static_cast<T*>(excess->mutable_data_ptr()) : nullptr,
+                                             gradient ? out<E>(*gradient, z, r.all()) : nullptr,
+                                             out<E>(product, z, r.k * r.all())};
+    run_rows<E>(z, args, kernels().jets(zero).logsumexp);
+  });
+}
+
+Tensor cross_entropy_hvp(Tensor z, Maybe scale, Tensor v) {
+  Tensor product = like(v);
+  logsumexp(z, scale, v, nullptr, nullptr, product);
+  return product;
+}
+
+std::tuple<Tensor, Tensor, Tensor> logsumexp_jet(Tensor z, Maybe scale, Tensor v) {
+  const ScalarType wide = z.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  Tensor excess = like(z, wide, z.sizes().size() - 1), gradient = like(z), product = like(v);
+  logsumexp(z, scale, v, &excess, &gradient, product);
+  return {excess, gradient, product};
+}
+
+std::tuple<Tensor, Tensor, Tensor> norm_jet(Tensor x, Tensor t, Maybe weight, Maybe bias, double eps,
+                                            bool centred) {
+  Tensor value = like(x), first = like(t), second = like(t);
+  dispatch(x, [&](auto zero) {
+    using E = decltype(zero);
+    const Rows r(x, t);
+    const flatkern::NormJetArgs<E> args = {r.rows,
+                                           r.cols,
+                                           r.k,
+                                           in<E>(x, x, r.all()),
+                                           in<E>(t, x, r.k * r.all()),
+                                           in<E>(weight, x, r.cols),
+                                           in<E>(bias, x, r.cols),
+                                           eps,
+                                           centred,
+                                           out<E>(value, x, r.all()),
+                                           out<E>(first, x, r.k * r.all()),
+                                           out<E>(second, x, r.k * r.all())};
+    run_rows<E>(x, args, kernels().jets(zero).norm);
+  });
+  return {value, first, second};
+}
+
+std::tuple<Tensor, Tensor> norm_pullback(Tensor x, Tensor g, Tensor t, Tensor dg, Maybe weight, double eps,
+                                         bool centred) {
+  Tensor cotangent = like(x), tangents = like(t);
+  dispatch(x, [&](auto zero) {
+    using E = decltype(zero);
+    const Rows r(x, t);
+    const flatkern::NormPullbackArgs<E> args = {r.rows,
+                                                r.cols,
+                                                r.k,
+                                                in<E>(x, x, r.all()),
+                                                in<E>(g, x, r.all()),
+                                                in<E>(t, x, r.k * r.all()),
+                                                in<E>(dg, x, r.k * r.all()),
+                                                in<E>(weight, x, r.cols),
+                                                eps,
+                                                centred,
+                                                out<E>(cotangent, x, r.all()),
+                                                out<E>(tangents, x, r.k * r.all())};
+    run_rows<E>(x, args, kernels().jets(zero).norm_pullback);
+  });
+  return {cotangent, tangents};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(flatkern, m) {
+  m.def("activation_derivatives(Tensor z, int kind, float a, float b) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "activation_derivatives_out(Tensor z, int kind, float a, float b, Tensor(a!) value, Tensor(b!) slope, "
+      "Tensor(c!) bend) -> ()");
+  m.def(
+      "activation_jet(Tensor z, Tensor t, Tensor? s, int kind, float a, float b, int order) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def(
+      "activation_jet_out(Tensor z, Tensor t, Tensor? s, int kind, float a, float b, Tensor(a!) value, "
+      "Tensor(b!) first, Tensor(c!)? second) -> ()");
+  m.def(
+      "activation_pullback(Tensor z, Tensor g, Tensor t, Tensor dg, int kind, float a, float b) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "activation_pullback_out(Tensor z, Tensor g, Tensor t, Tensor dg, int kind, float a, float b, "
+      "Tensor(a!) cotangent, Tensor(b!) tangents) -> ()");
+  m.def("softmax_jet(Tensor z, Tensor t, bool log) -> (Tensor, Tensor, Tensor)");
+  m.def("cross_entropy_hvp(Tensor z, Tensor? scale, Tensor v) -> Tensor");
+  m.def("logsumexp_jet(Tensor z, Tensor? scale, Tensor v) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "norm_jet(Tensor x, Tensor t, Tensor? weight, Tensor? bias, float eps, bool centred) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def(
+      "norm_pullback(Tensor x, Tensor g, Tensor t, Tensor dg, Tensor? weight, float eps, bool centred) -> "
+      "(Tensor, Tensor)");
+}
+
+// one implementation for both: the work is sent to where the primal lies
+#define FLATKERN_JETS(m)                                                        \
+  m.impl("activation_derivatives", TORCH_BOX(&activation_derivatives));         \
+  m.impl("activation_derivatives_out", TORCH_BOX(&activation_derivatives_out)); \
+  m.impl("activation_jet", TORCH_BOX(&activation_jet));                         \
+  m.impl("activation_jet_out", TORCH_BOX(&activation_jet_out));                 \
+  m.impl("activation_pullback", TORCH_BOX(&activation_pullback));               \
+  m.impl("activation_pullback_out", TORCH_BOX(&activation_pullback_out));       \
+  m.impl("softmax_jet", TORCH_BOX(&softmax_jet));                               \
+  m.impl("cross_entropy_hvp", TORCH_BOX(&cross_entropy_hvp));                   \
+  m.impl("logsumexp_jet", TORCH_BOX(&logsumexp_jet));                           \
+  m.impl("norm_jet", TORCH_BOX(&norm_jet));                                     \
+  m.impl("norm_pullback", TORCH_BOX(&norm_pullback))
+
+STABLE_TORCH_LIBRARY_IMPL(flatkern, CPU, m) {
+  FLATKERN_JETS(m);
+}
+
+#ifdef FLATKERN_CUDA
+STABLE_TORCH_LIBRARY_IMPL(flatkern, CUDA, m) {
+  FLATKERN_JETS(m);
+}
+#endif

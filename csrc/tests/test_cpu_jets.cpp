@@ -1,0 +1,189 @@
+// The CPU jets of every instruction set that this processor has, against plain loops in double: every length
+// around a vector and a chunk, ranges as threads would take them, results past the caches.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <random>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace {
+
+using namespace flatkern;
+using cpu::JetKernels;
+using cpu::kernels_for;
+
+template <typename T>
+std::vector<T> normals(std::int64_t n, unsigned seed) {
+  std::mt19937 engine(seed);
+  std::normal_distribution<double> normal;
+  std::vector<T> out(static_cast<std::size_t>(n));
+  for (T& v : out) v = static_cast<T>(normal(engine));
+  return out;
+}
+
+class CpuJets : public testing::TestWithParam<std::tuple<std::string, int>> {
+ protected:
+  const cpu::Kernels* table() const { return kernels_for(std::get<0>(GetParam()).c_str()); }
+  int size() const { return std::get<1>(GetParam()); }
+
+  template <typename T>
+  void activations(double tolerance) {
+    if (!table()) GTEST_SKIP() << "not on this processor";
+    const JetKernels<T>& jets = table()->jets(T{});
+    const std::int64_t n = size(), k = 3, half = cpu::jet_chunks(n) / 2;
+    const std::vector<T> z = normals<T>(n, 1), t = normals<T>(k * n, 2), s = normals<T>(k * n, 3),
+                         g = normals<T>(n, 4);
+    // a margin behind every result must stay as it was
+    const T mark = T(-77);
+    std::vector<T> value(n + 8, mark), slope(n + 8, mark), bend(n + 8, mark);
+    std::vector<T> first(k * n + 8, mark), second(k * n + 8, mark), tangents(k * n + 8, mark),
+        pulled(n + 8, mark);
+    for (int kind = 0; kind < static_cast<int>(Activation::count); ++kind) {
+      const ActivationSpec spec = {static_cast<Activation>(kind), 1, 20};
+      const ActivationDerivativesArgs<T> d = {z.data(), value.data(), slope.data(), bend.data()};
+      jets.derivatives(spec, d, n, 0, half);
+      jets.derivatives(spec, d, n, half, cpu::jet_chunks(n));
+      const ActivationJetArgs<T> j = {z.data(),      t.data(),     s.data(),     k,
+                                      pulled.data(), first.data(), second.data()};
+      jets.jet(spec, j, n, 0, half);
+      jets.jet(spec, j, n, half, cpu::jet_chunks(n));
+      for (std::int64_t i = 0; i < n; ++i) EXPECT_EQ(pulled[i], value[i]);
+      const ActivationPullbackArgs<T> p = {z.data(), g.data(),      t.data(),       s.data(),
+                                           k,        pulled.data(), tangents.data()};
+      jets.pullback(spec, p, n, 0, half);
+      jets.pullback(spec, p, n, half, cpu::jet_chunks(n));
+      for (std::int64_t i = 0; i < n; ++i) {
+        const Three<double> f = exact(spec, z[i]);
+        EXPECT_NEAR(value[i], f.value, tolerance * (1 + std::abs(f.value)));
+        EXPECT_NEAR(slope[i], f.slope, tolerance * 2);
+        EXPECT_NEAR(bend[i], f.bend, tolerance * 2);
+        EXPECT_NEAR(pulled[i], f.slope * g[i], tolerance * 8);
+        for (std::int64_t e = i; e < k * n; e += n) {
+          EXPECT_NEAR(first[e], f.slope * t[e], tolerance * 8);
+          EXPECT_NEAR(second[e], f.bend * t[e] * t[e] + f.slope * s[e], tolerance * 32);
+          EXPECT_NEAR(tangents[e], f.slope * s[e] + g[i] * f.bend * t[e], tolerance * 32);
+        }
+      }
+    }
+    for (int e = 0; e < 8; ++e) {
+      EXPECT_EQ(value[n + e], mark);
+      EXPECT_EQ(pulled[n + e], mark);
+      EXPECT_EQ(first[k * n + e], mark);
+      EXPECT_EQ(second[k * n + e], mark);
+      EXPECT_EQ(tangents[k * n + e], mark);
+    }
+  }
+
+  static Three<double> exact(const ActivationSpec& spec, double z) {
+    switch (spec.kind) {
+      case Activation::relu:
+        return three<Activation::relu>(z, spec);
+      case Activation::gelu:
+        return three<Activation::gelu>(z, spec);
+      case Activation::gelu_tanh:
+        return three<Activation::gelu_tanh>(z, spec);
+      case Activation::silu:
+        return three<Activation::silu>(z, spec);
+      case Activation::tanh:
+        return three<Activation::tanh>(z, spec);
+      case Activation::sigmoid:
+        return three<Activation::sigmoid>(z, spec);
+      case Activation::softplus:
+        return three<Activation::softplus>(z, spec);
+      default:
+        return three<Activation::elu>(z, spec);
+    }
+  }
+
+  template <typename T>
+  void rows(double tolerance) {
+    if (!table()) GTEST_SKIP() << "not on this processor";
+    const JetKernels<T>& jets = table()->jets(T{});
+    const std::int64_t n = size(), k = 2, count = 5, all = n * count;
+    if (n == 0) GTEST_SKIP() << "no columns";
+    const std::vector<T> z = normals<T>(all, 1), t = normals<T>(k * all, 2), g = normals<T>(all, 3);
+    const std::vector<T> dg = normals<T>(k * all, 4), w = normals<T>(n, 5), scale = normals<T>(count, 6);
+    std::vector<T> a(all), b(k * all), c(k * all), excess(count), product(k * all);
+    std::vector<T> scratch(cpu::scratch_entries(n));
+    jets.softmax({count, n, k, z.data(), t.data(), false, a.data(), b.data(), c.data()}, 0, 2,
+                 scratch.data());
+    jets.softmax({count, n, k, z.data(), t.data(), false, a.data(), b.data(), c.data()}, 2, count,
+                 scratch.data());
+    const LogSumExpArgs<T> l = {count,         n, k, z.data(), scale.data(), t.data(), excess.data(), nullptr,
+                                product.data()};
+    jets.logsumexp(l, 0, count, scratch.data());
+    for (std::int64_t r = 0; r < count; ++r) {
+      double sum = 0, top = -1e30;
+      for (std::int64_t i = 0; i < n; ++i) sum += std::exp(static_cast<double>(z[r * n + i]));
+      for (std::int64_t i = 0; i < n; ++i) top = std::max(top, static_cast<double>(z[r * n + i]));
+      EXPECT_NEAR(excess[r], std::log(sum) - top, tolerance * 8);
+      for (std::int64_t j = 0; j < k; ++j) {
+        const std::int64_t at = (j * count + r) * n;
+        double mean = 0, variance = 0;
+        for (std::int64_t i = 0; i < n; ++i)
+          mean += std::exp(static_cast<double>(z[r * n + i])) / sum * t[at + i];
+        for (std::int64_t i = 0; i < n; ++i) {
+          variance += std::exp(static_cast<double>(z[r * n + i])) / sum * std::pow(t[at + i] - mean, 2);
+        }
+        for (std::int64_t i = 0; i < n; ++i) {
+          const double p = std::exp(static_cast<double>(z[r * n + i])) / sum, centred = t[at + i] - mean;
+          EXPECT_NEAR(a[r * n + i], p, tolerance * 8);
+          EXPECT_NEAR(b[at + i], p * centred, tolerance * 16);
+          EXPECT_NEAR(c[at + i], p * (centred * centred - variance), tolerance * 64);
+          EXPECT_NEAR(product[at + i], scale[r] * p * centred, tolerance * 32);
+        }
+      }
+    }
+    // the pullback's tangent is symmetric in the two directions of a second derivative: with dg = 0,
+    // <u, tangent along v> = <v, tangent along u>
+    const std::vector<T> zero(k * all);
+    std::vector<T> back(all), turned(k * all);
+    for (const bool centred : {false, true}) {
+      const NormPullbackArgs<T> p = {count,       n,        k,   z.data(), g.data(),    t.data(),
+                                     zero.data(), w.data(), 0.5, centred,  back.data(), turned.data()};
+      jets.norm_pullback(p, 0, count, scratch.data());
+      const NormJetArgs<T> j = {count,   n,   k,       z.data(), t.data(), w.data(),
+                                nullptr, 0.5, centred, a.data(), b.data(), c.data()};
+      jets.norm(j, 0, count, scratch.data());
+      for (std::int64_t r = 0; r < count; ++r) {
+        double one = 0, other = 0, forward = 0, backward = 0, bent = 0, twice = 0;
+        for (std::int64_t i = 0; i < n; ++i) {
+          const std::int64_t u = r * n + i, v = u + all;
+          one += static_cast<double>(t[u]) * turned[v], other += static_cast<double>(t[v]) * turned[u];
+          forward += static_cast<double>(g[u]) * b[u], backward += static_cast<double>(back[u]) * t[u];
+          bent += static_cast<double>(g[u]) * c[u], twice += static_cast<double>(t[u]) * turned[u];
+        }
+        const double slack = tolerance * 40 * (10 + static_cast<double>(n));
+        EXPECT_NEAR(one, other, slack);
+        EXPECT_NEAR(forward, backward, slack);  // <g, J t> = <J' g, t>
+        EXPECT_NEAR(bent, twice, slack);        // <g, D2[t, t]>
+      }
+    }
+  }
+};
+
+TEST_P(CpuJets, ActivationsInFloat) {
+  activations<float>(3e-7);
+}
+TEST_P(CpuJets, ActivationsInDouble) {
+  activations<double>(1e-15);
+}
+TEST_P(CpuJets, RowsInFloat) {
+  rows<float>(3e-7);
+}
+TEST_P(CpuJets, RowsInDouble) {
+  rows<double>(1e-15);
+}
+
+INSTANTIATE_TEST_SUITE_P(Sizes, CpuJets,
+                         testing::Combine(testing::Values("baseline", "avx2", "avx512"),
+                                          testing::Values(0, 1, 3, 8, 16, 17, 33, 511, 512, 1100)),
+                         [](const auto& info) {
+                           return std::get<0>(info.param) + "_" + std::to_string(std::get<1>(info.param));
+                         });
+
+}  // namespace
