@@ -1,6 +1,7 @@
 # Every target can run first on a fresh clone: each depends on `setup`, which is quick once done.
 #   make demo       the main job on real data (writes flatkern-demo/)
 #   make test       the tests (under 10 minutes on two cores)
+#   make docs       the documentation site (build/site/index.html)
 # A CUDA user overrides the pinned torch:  make setup CONSTRAINTS=my-constraints.txt
 SHELL       := /bin/bash
 PYTHON      ?= python3
@@ -13,11 +14,11 @@ SOURCES     := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o
 # a failed build of the compiled side is an error here, never a silent fall-back
 export FLATKERN_BUILD := required
 
-.PHONY: setup demo test test-all lint format bench peers cuda-check clean help
+.PHONY: setup demo test test-all lint format bench peers docs docs-setup cuda-check clean help
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^#   //p' Makefile; echo "also: setup test-all lint format bench peers cuda-check clean"
+	@sed -n 's/^#   //p' Makefile; echo "also: setup test-all lint format bench peers docs-setup cuda-check clean"
 
 $(VENV)/.deps: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "flatkern needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'
@@ -39,7 +40,19 @@ $(VENV)/.peers: $(VENV)/.build pyproject.toml
 	    $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["peers"])')
 	@touch $@
 
+$(VENV)/.docs: $(VENV)/.build pyproject.toml
+	@echo "installing the site's packages into $(VENV) ..."
+	@$(BIN)/python -m pip install -q --disable-pip-version-check \
+	    $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	@touch $@
+
 setup: $(VENV)/.build
+
+docs-setup: $(VENV)/.docs
+
+# --strict: a broken link, anchor or cross-reference is an error
+docs: docs-setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 peers: $(VENV)/.peers
 

@@ -1,9 +1,13 @@
 """The Hessian of a convolutional network: trace, extreme eigenvalues and spectral density, with error bars.
 
-Run: .venv/bin/python examples/hessian_spectrum.py
+Run: .venv/bin/python examples/hessian_spectrum.py [FOLDER]
+with a folder it also draws the density there (density.png; needs matplotlib).
 """
 
 from __future__ import annotations
+
+import sys
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -11,7 +15,7 @@ from torch import nn
 import flatkern as fk
 
 
-def main() -> None:
+def main(folder: Path | None) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(1, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8 * 3 * 3, 10)
@@ -35,7 +39,9 @@ def main() -> None:
     density = fk.spectral_density(hessian, probes=4, steps=30, seed=0)
     curve = density.density()
     print(f"density on {len(curve.grid)} points, peak {float(curve.values.max()):.3g}")
+    if folder is not None:
+        density.plot().figure.savefig(folder / "density.png", dpi=120)
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
