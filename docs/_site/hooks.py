@@ -12,6 +12,7 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.utils import log
 
+from docs._site.docstrings import place
 from docs._site.examples import Shown, run_examples
 
 ROOT = Path(__file__).parents[2]
@@ -75,5 +76,5 @@ def on_post_build(config: MkDocsConfig) -> None:
 
 
 def _has_place(module: str, public: str, anchors: set[str]) -> bool:
-    name = f"{module}.{public}"
-    return public.startswith("__") or name in API or name in anchors
+    name = place(public) if module == "flatkern" else f"{module}.{public}"
+    return public.startswith("__") or f"{module}.{public}" in API or name in anchors
