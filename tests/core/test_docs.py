@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -37,6 +38,16 @@ def test_relative_links_lead_somewhere(page):
         other = page.parent / target if target else page
         assert other.exists(), target
         assert not anchor or anchor in anchors(other), f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_lists_are_read_alike_by_github_and_the_site(page):
+    """The site's Markdown wants a blank line before a list, and four spaces before one inside another."""
+    lines = outside_code(page).splitlines()
+    for before, line in itertools.pairwise(lines):
+        if re.match(r"[-*] |\d+\. ", line):
+            assert re.match(r"$|#|[-*] |\d+\. |  ", before), f"a blank line is missing before: {line}"
+        assert not re.match(r" {1,3}[-*] ", line), f"fewer than four spaces before: {line}"
 
 
 @pytest.mark.parametrize("page", [p for p in DOCS if BLOCK.search(p.read_text(encoding="utf-8"))], ids=name)
