@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -68,6 +69,34 @@ void check_sizes(const Tensor& x, std::int64_t limit, bool square) {
   STD_TORCH_CHECK(!square || rows == cols, "flatkern: the matrices must be square");
 }
 
+struct StatsTensors {
+  Tensor logdet, trace, frobenius_sq, rank_deficient, pivot_ratio, bad_pivots;
+
+  explicit StatsTensors(const Tensor& x)
+      : logdet(empty(x, batch_sizes(x), ScalarType::Double)),
+        trace(empty(x, batch_sizes(x), ScalarType::Double)),
+        frobenius_sq(empty(x, batch_sizes(x), ScalarType::Double)),
+        rank_deficient(empty(x, batch_sizes(x), ScalarType::Bool)),
+        pivot_ratio(empty(x, batch_sizes(x), ScalarType::Double)),
+        bad_pivots(empty(x, batch_sizes(x), ScalarType::Long)) {}
+
+  flatkern::GramStatsOut pointers() const {
+    const auto real = [](const Tensor& t) { return static_cast<double*>(t.mutable_data_ptr()); };
+    return {real(logdet),
+            real(trace),
+            real(frobenius_sq),
+            static_cast<bool*>(rank_deficient.mutable_data_ptr()),
+            real(pivot_ratio),
+            static_cast<std::int64_t*>(bad_pivots.mutable_data_ptr()),
+            nullptr,
+            nullptr};
+  }
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tuple() const {
+    return {logdet, trace, frobenius_sq, rank_deficient, pivot_ratio, bad_pivots};
+  }
+};
+
 namespace cpu {
 
 using flatkern::cpu::kernels;
@@ -86,19 +115,22 @@ Tensor spd_logdet(Tensor g) {
   return out;
 }
 
-Tensor spd_inverse(Tensor g) {
+std::tuple<Tensor, Tensor> spd_logdet_inverse(Tensor g) {
   check_sizes(g, flatkern::cpu::kMaxSize, true);
   const std::int64_t c = g.size(g.dim() - 1);
-  Tensor out = empty(g, batch_sizes(g, {c, c}), g.scalar_type());
+  Tensor logdet = empty(g, batch_sizes(g), g.scalar_type());
+  Tensor inverse = empty(g, batch_sizes(g, {c, c}), g.scalar_type());
   dispatch(g, [&](auto zero) {
     using T = decltype(zero);
     const Matrices<T> m = matrices<T>(g);
-    T* to = static_cast<T*>(out.mutable_data_ptr());
-    torch::stable::parallel_for(
-        0, m.batch.count(), flatkern::cpu::grain_spd(2 * m.rows),
-        [&](std::int64_t begin, std::int64_t end) { kernels().of(zero).spd_inverse(m, begin, end, to); });
+    T* to = static_cast<T*>(logdet.mutable_data_ptr());
+    T* matrix = static_cast<T*>(inverse.mutable_data_ptr());
+    torch::stable::parallel_for(0, m.batch.count(), flatkern::cpu::grain_spd(2 * m.rows),
+                                [&](std::int64_t begin, std::int64_t end) {
+                                  kernels().of(zero).spd_logdet_inverse(m, begin, end, to, matrix);
+                                });
   });
-  return out;
+  return {logdet, inverse};
 }
 
 Tensor gram(Tensor x) {
@@ -116,38 +148,89 @@ Tensor gram(Tensor x) {
   return out;
 }
 
-struct StatsTensors {
-  Tensor logdet, trace, frobenius_sq, rank_deficient;
+template <typename F>
+void over_samples(const Tensor& x, std::int64_t grain, F&& f) {
+  dispatch(x, [&](auto zero) {
+    const auto m = matrices<decltype(zero)>(x);
+    torch::stable::parallel_for(0, m.batch.count(), grain, [&](std::int64_t begin, std::int64_t end) {
+      f(kernels().of(zero), m, begin, end);
+    });
+  });
+}
 
-  explicit StatsTensors(const Tensor& x)
-      : logdet(empty(x, batch_sizes(x), ScalarType::Double)),
-        trace(empty(x, batch_sizes(x), ScalarType::Double)),
-        frobenius_sq(empty(x, batch_sizes(x), ScalarType::Double)),
-        rank_deficient(empty(x, batch_sizes(x), ScalarType::Bool)) {}
-
-  flatkern::GramStatsOut pointers() const {
-    return {static_cast<double*>(logdet.mutable_data_ptr()), static_cast<double*>(trace.mutable_data_ptr()),
-            static_cast<double*>(frobenius_sq.mutable_data_ptr()),
-            static_cast<bool*>(rank_deficient.mutable_data_ptr())};
-  }
-
-  std::tuple<Tensor, Tensor, Tensor, Tensor> tuple() const {
-    return {logdet, trace, frobenius_sq, rank_deficient};
-  }
-};
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> gram_stats(Tensor x) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gram_stats(Tensor x) {
   check_sizes(x, flatkern::cpu::kMaxSize, false);
   const StatsTensors out(x);
-  dispatch(x, [&](auto zero) {
-    using T = decltype(zero);
-    const Matrices<T> m = matrices<T>(x);
-    const flatkern::GramStatsOut to = out.pointers();
-    torch::stable::parallel_for(
-        0, m.batch.count(), flatkern::cpu::grain_gram(m.rows, m.cols),
-        [&](std::int64_t begin, std::int64_t end) { kernels().of(zero).gram_stats(m, begin, end, to); });
-  });
+  over_samples(x, flatkern::cpu::grain_gram(x.size(-2), x.size(-1)),
+               [to = out.pointers()](const auto& table, const auto& m, std::int64_t begin, std::int64_t end) {
+                 table.gram_stats(m, begin, end, to);
+               });
   return out.tuple();
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gram_stats_factors(Tensor x) {
+  check_sizes(x, flatkern::cpu::kMaxSize, false);
+  const StatsTensors out(x);
+  const std::int64_t c = x.size(-2);
+  Tensor gram = empty(x, batch_sizes(x, {c, c}), ScalarType::Double);
+  Tensor inverse = empty(x, batch_sizes(x, {c, c}), ScalarType::Double);
+  flatkern::GramStatsOut to = out.pointers();
+  to.gram = static_cast<double*>(gram.mutable_data_ptr());
+  to.inverse = static_cast<double*>(inverse.mutable_data_ptr());
+  over_samples(x, flatkern::cpu::grain_gram(2 * c, x.size(-1)),
+               [to](const auto& table, const auto& m, std::int64_t begin, std::int64_t end) {
+                 table.gram_stats(m, begin, end, to);
+               });
+  return std::tuple_cat(out.tuple(), std::make_tuple(gram, inverse));
+}
+
+// All but x are contiguous and float64.
+Tensor gram_pullback(Tensor x, Tensor gram, Tensor inverse, Tensor logdet, Tensor trace, Tensor frobenius_sq) {
+  check_sizes(x, flatkern::cpu::kMaxSize, false);
+  Tensor out = empty(x, batch_sizes(x, {x.size(-2), x.size(-1)}), x.scalar_type());
+  const auto read = [](const Tensor& t) { return static_cast<const double*>(t.const_data_ptr()); };
+  const flatkern::GramCotangents g{read(logdet), read(trace), read(frobenius_sq), read(gram), read(inverse)};
+  void* to = out.mutable_data_ptr();
+  over_samples(x, flatkern::cpu::grain_gram(2 * x.size(-2), x.size(-1)),
+               [&](const auto& table, const auto& m, std::int64_t begin, std::int64_t end) {
+                 using T = std::remove_const_t<std::remove_pointer_t<decltype(m.data)>>;
+                 table.gram_pullback(m, g, begin, end, static_cast<T*>(to));
+               });
+  return out;
+}
+
+void fill_spectrum(const Tensor& x, double* values, double* vectors) {
+  check_sizes(x, flatkern::cpu::kMaxSpectrum, false);
+  over_samples(x, flatkern::cpu::grain_spectrum(x.size(-2), x.size(-1)),
+               [&](const auto& table, const auto& m, std::int64_t begin, std::int64_t end) {
+                 table.gram_spectrum(m, begin, end, values, vectors);
+               });
+}
+
+Tensor gram_singular_values(Tensor x) {
+  Tensor values = empty(x, batch_sizes(x, {x.size(-2)}), ScalarType::Double);
+  fill_spectrum(x, static_cast<double*>(values.mutable_data_ptr()), nullptr);
+  return values;
+}
+
+std::tuple<Tensor, Tensor> gram_singular_vectors(Tensor x) {
+  const std::int64_t c = x.size(-2);
+  Tensor values = empty(x, batch_sizes(x, {c}), ScalarType::Double);
+  Tensor vectors = empty(x, batch_sizes(x, {c, c}), ScalarType::Double);
+  fill_spectrum(x, static_cast<double*>(values.mutable_data_ptr()), static_cast<double*>(vectors.mutable_data_ptr()));
+  return {values, vectors};
+}
+
+// `wanted`: contiguous bool, one a sample.
+Tensor lq_factor(Tensor x, Tensor wanted) {
+  const std::int64_t c = x.size(-2);
+  Tensor out = empty(x, batch_sizes(x, {c, c}), ScalarType::Double);
+  const bool* mask = static_cast<const bool*>(wanted.const_data_ptr());
+  double* to = static_cast<double*>(out.mutable_data_ptr());
+  over_samples(x, 1, [&](const auto& table, const auto& m, std::int64_t begin, std::int64_t end) {
+    table.lq(m, mask, begin, end, to);
+  });
+  return out;
 }
 
 }  // namespace cpu
@@ -190,10 +273,10 @@ Tensor gram(Tensor x) {
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> gram_stats(Tensor x) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gram_stats(Tensor x) {
   check_sizes(x, flatkern::cuda::kMaxSize, false);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const cpu::StatsTensors out(x);
+  const StatsTensors out(x);
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
     check(flatkern::cuda::gram_stats<T>(matrices<T>(x), out.pointers(), current_stream(x)));
@@ -208,16 +291,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gram_stats(Tensor x) {
 
 STABLE_TORCH_LIBRARY(flatkern, m) {
   m.def("spd_logdet(Tensor g) -> Tensor");
-  m.def("spd_inverse(Tensor g) -> Tensor");
+  m.def("spd_logdet_inverse(Tensor g) -> (Tensor, Tensor)");
   m.def("gram(Tensor x) -> Tensor");
-  m.def("gram_stats(Tensor x) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("gram_stats(Tensor x) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("gram_stats_factors(Tensor x) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("gram_pullback(Tensor x, Tensor gram, Tensor inverse, Tensor logdet, Tensor trace, Tensor frobenius_sq)"
+        " -> Tensor");
+  m.def("gram_singular_values(Tensor x) -> Tensor");
+  m.def("gram_singular_vectors(Tensor x) -> (Tensor, Tensor)");
+  m.def("lq_factor(Tensor x, Tensor wanted) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flatkern, CPU, m) {
   m.impl("spd_logdet", TORCH_BOX(&cpu::spd_logdet));
-  m.impl("spd_inverse", TORCH_BOX(&cpu::spd_inverse));
+  m.impl("spd_logdet_inverse", TORCH_BOX(&cpu::spd_logdet_inverse));
   m.impl("gram", TORCH_BOX(&cpu::gram));
   m.impl("gram_stats", TORCH_BOX(&cpu::gram_stats));
+  m.impl("gram_stats_factors", TORCH_BOX(&cpu::gram_stats_factors));
+  m.impl("gram_pullback", TORCH_BOX(&cpu::gram_pullback));
+  m.impl("gram_singular_values", TORCH_BOX(&cpu::gram_singular_values));
+  m.impl("gram_singular_vectors", TORCH_BOX(&cpu::gram_singular_vectors));
+  m.impl("lq_factor", TORCH_BOX(&cpu::lq_factor));
 }
 
 #ifdef FLATKERN_CUDA

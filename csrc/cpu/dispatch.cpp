@@ -81,4 +81,9 @@ std::int64_t grain_gram(std::int64_t c, std::int64_t d) {
   return grain(20 + 1.0 * n * n + 0.03 * n * n * n + 0.05 * n * n * static_cast<double>(d));
 }
 
+std::int64_t grain_spectrum(std::int64_t c, std::int64_t d) {
+  const double n = static_cast<double>(c);
+  return grain(20 + 10 * n * n + 0.5 * n * n * n + 0.05 * n * n * static_cast<double>(d));
+}
+
 }  // namespace flatkern::cpu

@@ -11,27 +11,46 @@ namespace flatkern::cpu {
 // Cholesky.
 constexpr std::int64_t kMaxSize = 128;
 
+// The same for spectra: the eigenvalues of larger matrices are LAPACK's.
+constexpr std::int64_t kMaxSpectrum = 64;
+
 // Every kernel works on samples [begin, end) of the batch on the calling thread; outputs are contiguous over
 // the batch and indexed by the absolute sample number, so that ranges can go to different threads.
 template <typename T>
 using SpdLogdet = void (*)(const Matrices<T>& g, std::int64_t begin, std::int64_t end, T* out);
 
 template <typename T>
-using SpdInverse = void (*)(const Matrices<T>& g, std::int64_t begin, std::int64_t end, T* out);
+using SpdLogdetInverse = void (*)(const Matrices<T>& g, std::int64_t begin, std::int64_t end, T* logdet, T* out);
 
 template <typename T>
 using Gram = void (*)(const Matrices<T>& x, std::int64_t begin, std::int64_t end, double* out);
 
 template <typename T>
-using GramStats = void (*)(const Matrices<T>& x, std::int64_t begin, std::int64_t end,
-                           const GramStatsOut& out);
+using GramStats = void (*)(const Matrices<T>& x, std::int64_t begin, std::int64_t end, const GramStatsOut& out);
+
+// The derivative of the statistics along the cotangents, [n, c, d].
+template <typename T>
+using GramPullback = void (*)(const Matrices<T>& x, const GramCotangents& g, std::int64_t begin, std::int64_t end,
+                              T* out);
+
+// Singular values, descending, [n, c], and left singular vectors as rows, [n, c, c] (null: not wanted).
+template <typename T>
+using GramSpectrum = void (*)(const Matrices<T>& x, std::int64_t begin, std::int64_t end, double* values,
+                              double* vectors);
+
+// L of x = L Q for the samples marked, [n, c, c], zeros for the others; any c.
+template <typename T>
+using Lq = void (*)(const Matrices<T>& x, const bool* wanted, std::int64_t begin, std::int64_t end, double* out);
 
 template <typename T>
 struct TypedKernels {
   SpdLogdet<T> spd_logdet;
-  SpdInverse<T> spd_inverse;
+  SpdLogdetInverse<T> spd_logdet_inverse;
   Gram<T> gram;
   GramStats<T> gram_stats;
+  GramPullback<T> gram_pullback;
+  GramSpectrum<T> gram_spectrum;
+  Lq<T> lq;
 };
 
 struct Kernels {
@@ -54,5 +73,6 @@ const Kernels* kernels_for(const char* isa);
 // Samples one thread should get at least: below about 100 us of work a thread costs more than it brings.
 std::int64_t grain_spd(std::int64_t c);
 std::int64_t grain_gram(std::int64_t c, std::int64_t d);
+std::int64_t grain_spectrum(std::int64_t c, std::int64_t d);
 
 }  // namespace flatkern::cpu

@@ -1,23 +1,13 @@
 // Tests of what the CPU and the GPU share (csrc/common), without any framework: 0 on success.
 #include <cmath>
-#include <cstdio>
 #include <limits>
 #include <vector>
 
+#include "check.h"
 #include "common/matrices.h"
 #include "common/spd_math.h"
 
 namespace {
-
-int failures = 0;
-
-void expect(bool condition, const char* what, int line) {
-  if (condition) return;
-  std::printf("FAILED line %d: %s\n", line, what);
-  ++failures;
-}
-
-#define EXPECT(condition) expect((condition), #condition, __LINE__)
 
 void packed_rows_are_dense() {
   std::int64_t next = 0;
@@ -78,6 +68,11 @@ void pivots() {
 }
 
 void gram_tolerances() {
+  const double eps = std::numeric_limits<double>::epsilon();
+  EXPECT(flatkern::lq_tolerance<double>(10) == 10 * 64 * eps * eps);
+  EXPECT(flatkern::lq_tolerance<float>(10) == flatkern::gram_tolerance<float>(10, 64));
+  EXPECT(flatkern::lost_digits<double>() > flatkern::gram_tolerance<double>(1024, 100000));
+  EXPECT(flatkern::lost_digits<float>() > flatkern::gram_tolerance<float>(1024, 100000));
   EXPECT(flatkern::gram_tolerance<double>(10, 64) == 64 * std::numeric_limits<double>::epsilon());
   EXPECT(flatkern::gram_tolerance<double>(10, 4) == 10 * std::numeric_limits<double>::epsilon());
   const double input = std::pow(static_cast<double>(std::numeric_limits<float>::epsilon()), 2);
@@ -94,6 +89,5 @@ int main() {
   pivots<float>();
   pivots<double>();
   gram_tolerances();
-  if (failures == 0) std::printf("shared mathematics: all tests passed\n");
-  return failures == 0 ? 0 : 1;
+  return check::result("shared mathematics");
 }

@@ -9,8 +9,20 @@ CPU, CUDA where it was built); `attention` has the former only, and no third der
 
 from ._attention import attention
 from ._gram import gram
+from ._gram_spectrum import GramSpectrum, gram_singular_values, gram_spectrum
 from ._gram_stats import GramStats, gram_stats
 from ._select import KernelInfo, active
 from ._spd_logdet import spd_logdet
 
-__all__ = ["GramStats", "KernelInfo", "active", "attention", "gram", "gram_stats", "spd_logdet"]
+__all__ = [
+    "GramSpectrum",
+    "GramStats",
+    "KernelInfo",
+    "active",
+    "attention",
+    "gram",
+    "gram_singular_values",
+    "gram_spectrum",
+    "gram_stats",
+    "spd_logdet",
+]

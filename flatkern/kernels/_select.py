@@ -97,9 +97,12 @@ class _State:
 _state = _State()
 
 
-def runs_compiled(x: Tensor, *, cuda: bool = True) -> bool:
-    """Whether the compiled kernel takes these matrices; `cuda`: whether the operator has a CUDA kernel."""
-    if not _state.compiled or x.shape[-2] > MAX_SIZE:
+def runs_compiled(x: Tensor, *, cuda: bool = True, limit: float = MAX_SIZE) -> bool:
+    """Whether the compiled kernel takes these matrices.
+
+    `cuda`: whether the operator has a CUDA kernel; `limit`: the most rows it takes.
+    """
+    if not _state.compiled or x.shape[-2] > limit:
         return False
     if x.device.type == "cpu":
         return True
