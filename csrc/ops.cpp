@@ -115,22 +115,22 @@ Tensor spd_logdet(Tensor g) {
   return out;
 }
 
-std::tuple<Tensor, Tensor> spd_logdet_inverse(Tensor g) {
+// `weight`: contiguous, of g's dtype, one a sample.
+Tensor spd_pullback(Tensor g, Tensor weight) {
   check_sizes(g, flatkern::cpu::kMaxSize, true);
-  const std::int64_t c = g.size(g.dim() - 1);
-  Tensor logdet = empty(g, batch_sizes(g), g.scalar_type());
-  Tensor inverse = empty(g, batch_sizes(g, {c, c}), g.scalar_type());
+  const std::int64_t c = g.size(-1);
+  Tensor out = empty(g, batch_sizes(g, {c, c}), g.scalar_type());
   dispatch(g, [&](auto zero) {
     using T = decltype(zero);
     const Matrices<T> m = matrices<T>(g);
-    T* to = static_cast<T*>(logdet.mutable_data_ptr());
-    T* matrix = static_cast<T*>(inverse.mutable_data_ptr());
+    const T* weights = static_cast<const T*>(weight.const_data_ptr());
+    T* to = static_cast<T*>(out.mutable_data_ptr());
     torch::stable::parallel_for(0, m.batch.count(), flatkern::cpu::grain_spd(2 * m.rows),
                                 [&](std::int64_t begin, std::int64_t end) {
-                                  kernels().of(zero).spd_logdet_inverse(m, begin, end, to, matrix);
+                                  kernels().of(zero).spd_pullback(m, weights, begin, end, to);
                                 });
   });
-  return {logdet, inverse};
+  return out;
 }
 
 Tensor gram(Tensor x) {
@@ -284,6 +284,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gram_stats(Tensor x) 
   return out.tuple();
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gram_stats_factors(Tensor x) {
+  check_sizes(x, flatkern::cuda::kMaxSize, false);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const StatsTensors out(x);
+  const std::int64_t c = x.size(-2);
+  Tensor gram = empty(x, batch_sizes(x, {c, c}), ScalarType::Double);
+  Tensor inverse = empty(x, batch_sizes(x, {c, c}), ScalarType::Double);
+  flatkern::GramStatsOut to = out.pointers();
+  to.gram = static_cast<double*>(gram.mutable_data_ptr());
+  to.inverse = static_cast<double*>(inverse.mutable_data_ptr());
+  dispatch(x, [&](auto zero) {
+    using T = decltype(zero);
+    check(flatkern::cuda::gram_stats<T>(matrices<T>(x), to, current_stream(x)));
+  });
+  return std::tuple_cat(out.tuple(), std::make_tuple(gram, inverse));
+}
+
 }  // namespace cuda
 #endif
 
@@ -291,7 +308,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gram_stats(Tensor x) 
 
 STABLE_TORCH_LIBRARY(flatkern, m) {
   m.def("spd_logdet(Tensor g) -> Tensor");
-  m.def("spd_logdet_inverse(Tensor g) -> (Tensor, Tensor)");
+  m.def("spd_pullback(Tensor g, Tensor weight) -> Tensor");
   m.def("gram(Tensor x) -> Tensor");
   m.def("gram_stats(Tensor x) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("gram_stats_factors(Tensor x) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
@@ -304,7 +321,7 @@ STABLE_TORCH_LIBRARY(flatkern, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(flatkern, CPU, m) {
   m.impl("spd_logdet", TORCH_BOX(&cpu::spd_logdet));
-  m.impl("spd_logdet_inverse", TORCH_BOX(&cpu::spd_logdet_inverse));
+  m.impl("spd_pullback", TORCH_BOX(&cpu::spd_pullback));
   m.impl("gram", TORCH_BOX(&cpu::gram));
   m.impl("gram_stats", TORCH_BOX(&cpu::gram_stats));
   m.impl("gram_stats_factors", TORCH_BOX(&cpu::gram_stats_factors));
@@ -319,5 +336,6 @@ STABLE_TORCH_LIBRARY_IMPL(flatkern, CUDA, m) {
   m.impl("spd_logdet", TORCH_BOX(&cuda::spd_logdet));
   m.impl("gram", TORCH_BOX(&cuda::gram));
   m.impl("gram_stats", TORCH_BOX(&cuda::gram_stats));
+  m.impl("gram_stats_factors", TORCH_BOX(&cuda::gram_stats_factors));
 }
 #endif

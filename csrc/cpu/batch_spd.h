@@ -119,7 +119,7 @@ FLATKERN_INLINE int take_samples(const Matrices<T>& m, std::int64_t first, std::
 template <typename T>
 FLATKERN_INLINE void prefetch_next(const Matrices<T>& m, std::int64_t first, std::int64_t end) {
   constexpr int width = Simd<T>::width;
-  constexpr std::int64_t line = 64, most = 128;
+  constexpr std::int64_t line = 64, most = 256;
   const std::int64_t step = m.batch.dims == 1 ? m.batch.stride[0] * static_cast<std::int64_t>(sizeof(T)) : 0;
   if (first + 2 * width > end || step <= 0) return;
   const char* next = reinterpret_cast<const char*>(m.data) + (first + width) * step;
@@ -145,10 +145,10 @@ void spd_logdet(const Matrices<T>& g, std::int64_t begin, std::int64_t end, T* o
   }
 }
 
-// The log-determinants and the inverses from one factorization. An inverse is all zeros where its matrix is
-// not numerically positive definite, or not finite.
+// weight[n] times the inverse: the derivative of the log-determinants. Where a matrix is not numerically positive
+// definite, or not finite, there is none: zeros where the weight is zero, else NaN.
 template <typename T>
-void spd_logdet_inverse(const Matrices<T>& g, std::int64_t begin, std::int64_t end, T* logdet, T* out) {
+void spd_pullback(const Matrices<T>& g, const T* weight, std::int64_t begin, std::int64_t end, T* out) {
   const int c = static_cast<int>(g.rows);
   const Workspace<V<T>> room(ldl_vectors(c) + inverse_vectors(c));
   V<T>* a = room.get();
@@ -158,14 +158,21 @@ void spd_logdet_inverse(const Matrices<T>& g, std::int64_t begin, std::int64_t e
   for (std::int64_t first = begin; first < end; first += Simd<T>::width) {
     const T* sample[Simd<T>::width];
     T* to[Simd<T>::width];
+    T weights[Simd<T>::width];
     const int lanes = take_samples(g, first, end, sample);
-    for (int s = 0; s < Simd<T>::width; ++s) to[s] = out + (first + (s < lanes ? s : lanes - 1)) * c * c;
+    for (int s = 0; s < Simd<T>::width; ++s) {
+      const std::int64_t n = first + (s < lanes ? s : lanes - 1);
+      to[s] = out + n * c * c;
+      weights[s] = weight[n];
+    }
     prefetch_next(g, first, end);
     const V<T> bad = load_lower<T>(sample, c, g.row_stride, g.col_stride, a);
     Pivots<T> pivots(tolerance);
     ldl<T>(a, c, inverse, inverse + c, pivots);
-    store_lanes<T>(logdet + first, logdet_of(pivots, bad), lanes);
-    store_inverse<T>(a, c, inverse, pivots.good & (bad == T(0)), m, to, lanes);
+    const auto usable = pivots.good & (bad == T(0));
+    const V<T> w = load<T>(weights);
+    const V<T> scale = usable ? w : (w == T(0) ? V<T>{} : broadcast(T(__builtin_nan(""))));
+    store_inverse<T>(a, c, inverse, usable, scale, m, to, lanes);
   }
 }
 

@@ -19,8 +19,9 @@ constexpr std::int64_t kMaxSpectrum = 64;
 template <typename T>
 using SpdLogdet = void (*)(const Matrices<T>& g, std::int64_t begin, std::int64_t end, T* out);
 
+// weight[n] times the inverse of matrix n, [n, c, c].
 template <typename T>
-using SpdLogdetInverse = void (*)(const Matrices<T>& g, std::int64_t begin, std::int64_t end, T* logdet, T* out);
+using SpdPullback = void (*)(const Matrices<T>& g, const T* weight, std::int64_t begin, std::int64_t end, T* out);
 
 template <typename T>
 using Gram = void (*)(const Matrices<T>& x, std::int64_t begin, std::int64_t end, double* out);
@@ -45,7 +46,7 @@ using Lq = void (*)(const Matrices<T>& x, const bool* wanted, std::int64_t begin
 template <typename T>
 struct TypedKernels {
   SpdLogdet<T> spd_logdet;
-  SpdLogdetInverse<T> spd_logdet_inverse;
+  SpdPullback<T> spd_pullback;
   Gram<T> gram;
   GramStats<T> gram_stats;
   GramPullback<T> gram_pullback;

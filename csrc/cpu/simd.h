@@ -27,6 +27,7 @@ struct Simd<float> {
   typedef float V __attribute__((vector_size(FLATKERN_VECTOR_BYTES)));
   typedef std::int32_t I __attribute__((vector_size(FLATKERN_VECTOR_BYTES)));
   typedef float Q __attribute__((vector_size(16), aligned(4)));
+  typedef float P __attribute__((vector_size(16)));
   static constexpr int width = FLATKERN_VECTOR_BYTES / 4;
   static constexpr int tile = 4;
   static constexpr int mantissa_bits = 23, bias = 127;
@@ -40,6 +41,7 @@ struct Simd<double> {
   static constexpr int width = FLATKERN_VECTOR_BYTES / 8;
   static constexpr int tile = width < 4 ? width : 4;
   typedef double Q __attribute__((vector_size(8 * (FLATKERN_VECTOR_BYTES < 32 ? 2 : 4)), aligned(8)));
+  typedef double P __attribute__((vector_size(8 * (FLATKERN_VECTOR_BYTES < 32 ? 2 : 4))));
   static constexpr int mantissa_bits = 52, bias = 1023;
   static constexpr std::int64_t mantissa_mask = 0x000fffffffffffffLL;
 };
@@ -151,23 +153,45 @@ FLATKERN_INLINE void load_tile(const T* const* sample, std::int64_t offset, V<T>
   transpose<T>(rows, out);
 }
 
+// The `tile` lanes from p tile on.
+template <typename T, int p>
+FLATKERN_INLINE typename Simd<T>::P piece(V<T> v) {
+  constexpr int tile = Simd<T>::tile, at = p * tile;
+  if constexpr (tile == Simd<T>::width) {
+    return v;
+  } else if constexpr (tile == 2) {
+    return __builtin_shufflevector(v, v, at, at + 1);
+  } else {
+    return __builtin_shufflevector(v, v, at, at + 1, at + 2, at + 3);
+  }
+}
+
 // The reverse: element offset + k of sample s = in[k] lane s, for the first `lanes` samples.
 template <typename T>
 FLATKERN_INLINE void store_tile(T* const* sample, std::int64_t offset, const V<T>* in, int lanes) {
   constexpr int tile = Simd<T>::tile, pieces = Simd<T>::width / tile;
   V<T> rows[tile];
   transpose<T>(in, rows);
+  auto put = [&](int s, typename Simd<T>::P value) __attribute__((always_inline)) {
+    if (s < lanes) __builtin_memcpy(sample[s] + offset, &value, sizeof value);
+  };
 #pragma GCC unroll 4
   for (int k = 0; k < tile; ++k) {
-    T values[Simd<T>::width];
-    __builtin_memcpy(values, &rows[k], sizeof values);
-#pragma GCC unroll 4
-    for (int p = 0; p < pieces; ++p) {
-      if (k + p * tile < lanes) {
-        __builtin_memcpy(sample[k + p * tile] + offset, values + p * tile, tile * sizeof(T));
-      }
+    put(k, piece<T, 0>(rows[k]));
+    if constexpr (pieces > 1) put(k + tile, piece<T, 1>(rows[k]));
+    if constexpr (pieces > 2) {
+      put(k + 2 * tile, piece<T, 2>(rows[k]));
+      put(k + 3 * tile, piece<T, 3>(rows[k]));
     }
   }
+}
+
+// Element `offset` of each sample = its lane of v.
+template <typename T>
+FLATKERN_INLINE void store_element(T* const* sample, std::int64_t offset, V<T> v, int lanes) {
+  T values[Simd<T>::width];
+  store<T>(values, v);
+  for (int s = 0; s < lanes; ++s) sample[s][offset] = values[s];
 }
 
 FLATKERN_INLINE V<double> square_root(V<double> x) {

@@ -55,11 +55,12 @@ FLATKERN_INLINE void invert_rows(const V<T>* __restrict a, int i0, V<T>* __restr
   }
 }
 
-// The inverse, both triangles, to to[0 .. lanes - 1], c x c each: zeros for the samples not in `usable`.
+// The inverse times `scale`, both triangles, to to[0 .. lanes - 1], c x c each; it counts as zero for the samples
+// not in `usable`.
 // `a` is a factor as ldl leaves it and is spoiled, `inverse` the reciprocal pivots, `m` room for
 // inverse_vectors(c).
 template <typename T>
-void store_inverse(V<T>* __restrict a, int c, const V<T>* __restrict inverse, typename Simd<T>::I usable,
+void store_inverse(V<T>* __restrict a, int c, const V<T>* __restrict inverse, typename Simd<T>::I usable, V<T> scale,
                    V<T>* __restrict m, T* const* to, int lanes) {
   constexpr int N = kInverseBlock, tile = Simd<T>::tile;
   const int pitch = inverse_pitch(c);
@@ -67,19 +68,24 @@ void store_inverse(V<T>* __restrict a, int c, const V<T>* __restrict inverse, ty
     V<T>* row = a + packed(i, 0);
     for (int k = 0; k < i; ++k) row[k] *= inverse[k];
   }
-  int i = 0;
-  for (; i + N <= c; i += N) invert_rows<T, N>(a, i, m, pitch);
-  for (; i < c; ++i) invert_rows<T, 1>(a, i, m, pitch);
-  for (i = 0; i < c; ++i) {
+  // the last block of rows moves back inside the matrix: the rows that overlap come out the same again
+  if (c < N) {
+    for (int i = 0; i < c; ++i) invert_rows<T, 1>(a, i, m, pitch);
+  } else {
+    for (int i = 0; i < c; i += N) invert_rows<T, N>(a, i + N <= c ? i : c - N, m, pitch);
+  }
+  for (int i = 0; i < c; ++i) {
     const V<T> root = square_root(inverse[i]);
     V<T>* row = m + i * pitch;
     for (int k = 0; k < pitch; ++k) row[k] = usable ? row[k] * root : V<T>{};
   }
-  // blocks of m^T m on and below the diagonal; a block past the end of the matrix meets zeros
-  for (int i0 = 0; i0 < c; i0 += 4) {
-    for (int j0 = 0; j0 < i0 + 4 && j0 < c; j0 += N) {
+  // blocks of m^T m on and below the diagonal, which move back alike
+  for (int start = 0; start < c; start += 4) {
+    const int i0 = start + 4 <= c || c < 4 ? start : c - 4;
+    for (int at = 0; at < start + 4 && at < c; at += N) {
+      const int j0 = at + N <= c || c < N ? at : c - N;
       V<T> acc[4][N] = {};
-      for (int k = i0; k < c; ++k) {
+      for (int k = i0 < j0 ? j0 : i0; k < c; ++k) {
         const V<T>* row = m + k * pitch;
         V<T> right[N];
 #pragma GCC unroll 4
@@ -91,12 +97,27 @@ void store_inverse(V<T>* __restrict a, int c, const V<T>* __restrict inverse, ty
           for (int s = 0; s < N; ++s) acc[r][s] += left * right[s];
         }
       }
-      if (N % tile == 0 && i0 + 4 <= c && j0 + N <= c) {
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) {
+#pragma GCC unroll 4
+        for (int s = 0; s < N; ++s) acc[r][s] *= scale;
+      }
+      if (c >= 4 && N % tile == 0) {
 #pragma GCC unroll 4
         for (int r = 0; r < 4; ++r) {
 #pragma GCC unroll 4
           for (int s = 0; s < N; s += tile) store_tile<T>(to, (i0 + r) * c + j0 + s, acc[r] + s, lanes);
         }
+      } else {
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r) {
+#pragma GCC unroll 4
+          for (int s = 0; s < N; ++s) {
+            if (i0 + r < c && j0 + s < c) store_element<T>(to, (i0 + r) * c + j0 + s, acc[r][s], lanes);
+          }
+        }
+      }
+      if (c >= 4) {
 #pragma GCC unroll 4
         for (int s = 0; s < N; ++s) {
 #pragma GCC unroll 4
@@ -108,14 +129,11 @@ void store_inverse(V<T>* __restrict a, int c, const V<T>* __restrict inverse, ty
           }
         }
       } else {
-        for (int r = 0; r < 4 && i0 + r < c; ++r) {
-          for (int s = 0; s < N && j0 + s < c; ++s) {
-            T values[Simd<T>::width];
-            store<T>(values, acc[r][s]);
-            for (int k = 0; k < lanes; ++k) {
-              to[k][(i0 + r) * c + j0 + s] = values[k];
-              to[k][(j0 + s) * c + i0 + r] = values[k];
-            }
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r) {
+#pragma GCC unroll 4
+          for (int s = 0; s < N; ++s) {
+            if (i0 + r < c && j0 + s < c) store_element<T>(to, (j0 + s) * c + i0 + r, acc[r][s], lanes);
           }
         }
       }

@@ -10,9 +10,9 @@ extern const Kernels table;
 const Kernels table = {
     FLATKERN_ISA_NAME,
     FLATKERN_VECTOR_BYTES,
-    {spd_logdet<float>, spd_logdet_inverse<float>, gram<float>, gram_stats<float>, gram_pullback<float>,
+    {spd_logdet<float>, spd_pullback<float>, gram<float>, gram_stats<float>, gram_pullback<float>,
      gram_spectrum<float>, lq<float>},
-    {spd_logdet<double>, spd_logdet_inverse<double>, gram<double>, gram_stats<double>, gram_pullback<double>,
+    {spd_logdet<double>, spd_pullback<double>, gram<double>, gram_stats<double>, gram_pullback<double>,
      gram_spectrum<double>, lq<double>},
 };
 

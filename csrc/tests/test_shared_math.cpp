@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "check.h"
+#include "common/double_double.h"
 #include "common/matrices.h"
 #include "common/spd_math.h"
 
@@ -80,6 +81,30 @@ void gram_tolerances() {
   EXPECT(flatkern::gram_tolerance<float>(1, 10000) == 10000 * std::numeric_limits<double>::epsilon());
 }
 
+// Twice the precision: sums that cancel, products, quotients; against exact values.
+void double_doubles() {
+  using flatkern::DoubleDouble;
+  DoubleDouble sum = {0, 0};
+  for (int k = 0; k < 1000; ++k) sum = flatkern::add_product(sum, 1 + 1e-9 * k, 1 - 1e-9 * k);
+  sum = flatkern::add(sum, {-1000, 0});
+  long double expected = 0;
+  for (int k = 0; k < 1000; ++k) {
+    const long double a = 1 + 1e-9 * k, b = 1 - 1e-9 * k;
+    expected += (a - 1) + (b - 1) + (a - 1) * (b - 1);
+  }
+  EXPECT_NEAR(sum.hi, static_cast<double>(expected), 1e-24);
+  const DoubleDouble third = flatkern::reciprocal({3, 0});
+  const DoubleDouble one = flatkern::multiply(third, {3, 0});
+  EXPECT(third.hi == 1.0 / 3.0 && std::fabs(third.lo) > 0);
+  EXPECT(one.hi == 1 && std::fabs(one.lo) < 1e-31);
+  const DoubleDouble back = flatkern::multiply(flatkern::reciprocal({1e200, 1e183}), {1e200, 1e183});
+  EXPECT(back.hi == 1 && std::fabs(back.lo) < 1e-31);
+  const DoubleDouble exact = flatkern::two_sum(1e16, 1);
+  EXPECT(exact.hi == 1e16 && exact.lo == 1);
+  const DoubleDouble nothing = flatkern::add({5, 1e-20}, flatkern::negate({5, 1e-20}));
+  EXPECT(nothing.hi == 0 && nothing.lo == 0);
+}
+
 }  // namespace
 
 int main() {
@@ -89,5 +114,6 @@ int main() {
   pivots<float>();
   pivots<double>();
   gram_tolerances();
+  double_doubles();
   return check::result("shared mathematics");
 }

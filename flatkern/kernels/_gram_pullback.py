@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._checks import few_dims
-from ._registration import differentiated, forward_rule, in_graph, quick, register
+from ._registration import differentiated, forward_rule, front, in_graph, quick, register
 from ._select import runs_compiled
 
 
@@ -96,11 +96,7 @@ class _Pullback(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *operands: Tensor) -> tuple[Tensor, int]:
-        moved = (
-            t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
-            for t, dim in zip(operands, in_dims, strict=True)
-        )
-        return gram_pullback(*moved), 0
+        return gram_pullback(*front(info, in_dims, operands)), 0
 
 
 def _fake(

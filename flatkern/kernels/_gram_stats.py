@@ -124,7 +124,7 @@ def _raw(x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _raw_factors(x: Tensor) -> tuple[Tensor, ...]:
-    if not runs_compiled(x, cuda=False):
+    if not runs_compiled(x):
         return reference(x)
     batch, c = x.shape[:-2], x.shape[-2]
     out = torch.ops.flatkern.gram_stats_factors(few_dims(x))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, TypeVar, cast
 
@@ -82,6 +82,14 @@ def concrete(x: Tensor) -> bool:
     return plain and x.device.type == "cpu"
 
 
+def front(info: Any, in_dims: Sequence[int | None], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Each tensor with the dimension that vmap adds in front, expanded there where it has none."""
+    return [
+        t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+        for t, dim in zip(tensors, in_dims, strict=True)
+    ]
+
+
 def register(name: str, fake: Callable[..., Any], outputs: int = 1) -> None:
     """Shapes and batching of the compiled operator `flatkern::name`, which takes tensors with leading batch dimensions.
 
@@ -91,11 +99,7 @@ def register(name: str, fake: Callable[..., Any], outputs: int = 1) -> None:
         return
 
     def batched(info: Any, in_dims: tuple[int | None, ...], *args: Tensor) -> tuple[Any, Any]:
-        moved = (
-            t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
-            for t, dim in zip(args, in_dims, strict=True)
-        )
-        result = getattr(torch.ops.flatkern, name)(*moved)
+        result = getattr(torch.ops.flatkern, name)(*front(info, in_dims, args))
         return result, 0 if outputs == 1 else (0,) * outputs
 
     torch.library.register_fake(f"flatkern::{name}", fake)
