@@ -42,6 +42,7 @@ __global__ void __launch_bounds__(kFactorThreads)
   double* high = shared;
   double* low = high + entries;
   double* diagonal = low + entries;
+  const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
   for (std::int64_t i = blockIdx.x; i < n; i += gridDim.x) {
     const double ratio = out.pivot_ratio[i];
     const bool finite = ratio == ratio;
@@ -71,15 +72,16 @@ __global__ void __launch_bounds__(kFactorThreads)
         const DoubleDouble inverse = ok ? reciprocal(d) : DoubleDouble{0, 0};
         report.take(d.hi, diagonal[k], ok);
         if (ok) log_sum += log(d.hi);
-        for (int e = threadIdx.x; e < (c - k - 1) * (c - k - 1); e += blockDim.x) {
-          const int row = k + 1 + e / (c - k - 1), col = k + 1 + e % (c - k - 1);
-          if (col > row) continue;
-          const DoubleDouble left = {high[packed(row, k)], low[packed(row, k)]};
-          const DoubleDouble right = {high[packed(col, k)], low[packed(col, k)]};
-          const DoubleDouble before = {high[packed(row, col)], low[packed(row, col)]};
-          const DoubleDouble after = add(before, negate(multiply(multiply(left, inverse), right)));
-          high[packed(row, col)] = after.hi;
-          low[packed(row, col)] = after.lo;
+        for (int row = k + 1 + ty; row < c; row += kFactorThreads / 16) {
+          const int at = row * (row + 1) / 2;
+          const DoubleDouble scaled = multiply({high[at + k], low[at + k]}, inverse);
+          for (int col = k + 1 + tx; col <= row; col += 16) {
+            const int across = col * (col + 1) / 2 + k;
+            const DoubleDouble product = multiply(scaled, {high[across], low[across]});
+            const DoubleDouble after = add({high[at + col], low[at + col]}, negate(product));
+            high[at + col] = after.hi;
+            low[at + col] = after.lo;
+          }
         }
         __syncthreads();
       }
