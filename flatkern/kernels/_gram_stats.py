@@ -44,8 +44,8 @@ def gram_stats(x: Tensor) -> GramStats:
     sample's rows are factored themselves, x = L Q, by modified Gram-Schmidt. The choice is made sample by sample inside
     the kernel: without an exception, and without a synchronization with a GPU.
 
-    Rank. A pivot is no good at or below 64 c ε² of its diagonal entry (float32: c ε², as its rows are known no better),
-    that is a condition number of about 10¹⁴ (10⁶): `logdet` is -inf, `rank_deficient` set and `bad_pivots` counts them;
+    Rank. A pivot is no good at or below 2²⁰ c ε² of its diagonal entry (float32: c ε², as its rows are known no better),
+    that is a condition number of about 10¹² (10⁶): `logdet` is -inf, `rank_deficient` set and `bad_pivots` counts them;
     c > d is deficient by construction. The test does not change when rows are rescaled. NaN or infinities in a sample
     give NaN.
 
@@ -101,7 +101,7 @@ def reference(x: Tensor) -> tuple[Tensor, ...]:
     L = torch.where(lost[..., None, None], rows_factor(x, lost), L)
     parts = ratio_of(L)
     tiny = L.diagonal(dim1=-2, dim2=-1).square() < torch.finfo(torch.float64).tiny
-    bad = ((parts <= c * eps**2 * (1 if single else 64)) | tiny).sum(-1).clamp_min(c - d)
+    bad = ((parts <= c * eps**2 * (1 if single else 2**20)) | tiny).sum(-1).clamp_min(c - d)
     good = finite & torch.where(lost, bad == 0, good)
     L = torch.where(good[..., None, None], L, torch.eye(c, dtype=torch.float64, device=x.device))
     ratio = torch.cat([parts.new_ones(*parts.shape[:-1], 1), parts], -1)
