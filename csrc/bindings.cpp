@@ -132,7 +132,7 @@ py::object gram_singular_values(const py::array& x, int threads) {
     double* to = out.mutable_data();
     spread(m.batch.count(), flatkern::cpu::grain_spectrum(m.rows, m.cols), threads,
            [&](std::int64_t begin, std::int64_t end) {
-             kernels().of(zero).gram_spectrum(m, begin, end, to, nullptr);
+             kernels().of(zero).gram_spectrum(m, flatkern::cpu::kGramFloor, begin, end, to, nullptr);
            });
     return out;
   });

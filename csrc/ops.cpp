@@ -199,17 +199,17 @@ Tensor gram_pullback(Tensor x, Tensor gram, Tensor inverse, Tensor logdet, Tenso
   return out;
 }
 
-void fill_spectrum(const Tensor& x, double* values, double* vectors) {
+void fill_spectrum(const Tensor& x, double floor, double* values, double* vectors) {
   check_sizes(x, flatkern::cpu::kMaxSpectrum, false);
   over_samples(x, flatkern::cpu::grain_spectrum(x.size(-2), x.size(-1)),
                [&](const auto& table, const auto& m, std::int64_t begin, std::int64_t end) {
-                 table.gram_spectrum(m, begin, end, values, vectors);
+                 table.gram_spectrum(m, floor, begin, end, values, vectors);
                });
 }
 
-Tensor gram_singular_values(Tensor x) {
+Tensor gram_singular_values(Tensor x, bool precise) {
   Tensor values = empty(x, batch_sizes(x, {x.size(-2)}), ScalarType::Double);
-  fill_spectrum(x, static_cast<double*>(values.mutable_data_ptr()), nullptr);
+  fill_spectrum(x, precise ? flatkern::cpu::kGramFloor : 0, static_cast<double*>(values.mutable_data_ptr()), nullptr);
   return values;
 }
 
@@ -217,7 +217,7 @@ std::tuple<Tensor, Tensor> gram_singular_vectors(Tensor x) {
   const std::int64_t c = x.size(-2);
   Tensor values = empty(x, batch_sizes(x, {c}), ScalarType::Double);
   Tensor vectors = empty(x, batch_sizes(x, {c, c}), ScalarType::Double);
-  fill_spectrum(x, static_cast<double*>(values.mutable_data_ptr()), static_cast<double*>(vectors.mutable_data_ptr()));
+  fill_spectrum(x, flatkern::cpu::kGramFloor, static_cast<double*>(values.mutable_data_ptr()), static_cast<double*>(vectors.mutable_data_ptr()));
   return {values, vectors};
 }
 
@@ -314,7 +314,7 @@ STABLE_TORCH_LIBRARY(flatkern, m) {
   m.def("gram_stats_factors(Tensor x) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("gram_pullback(Tensor x, Tensor gram, Tensor inverse, Tensor logdet, Tensor trace, Tensor frobenius_sq)"
         " -> Tensor");
-  m.def("gram_singular_values(Tensor x) -> Tensor");
+  m.def("gram_singular_values(Tensor x, bool precise) -> Tensor");
   m.def("gram_singular_vectors(Tensor x) -> (Tensor, Tensor)");
   m.def("lq_factor(Tensor x, Tensor wanted) -> Tensor");
 }

@@ -59,9 +59,11 @@ FLATKERN_INLINE void sort_descending(double* values, double* u, std::int64_t c) 
 }
 
 // Values [n, c] descending; `vectors` (may be null) [n, c, c], row j the left singular vector of value j.
-// Samples whose smallest value has lost its digits in the Gram matrix are decomposed directly.
+// Samples whose least eigenvalue is below `floor` times the largest have lost its digits in the Gram matrix and are
+// decomposed directly.
 template <typename T>
-void gram_spectrum(const Matrices<T>& x, std::int64_t begin, std::int64_t end, double* values, double* vectors) {
+void gram_spectrum(const Matrices<T>& x, double floor, std::int64_t begin, std::int64_t end, double* values,
+                   double* vectors) {
   constexpr int width = Simd<double>::width;
   typedef typename Simd<double>::I I;
   const int c = static_cast<int>(x.rows);
@@ -105,7 +107,7 @@ void gram_spectrum(const Matrices<T>& x, std::int64_t begin, std::int64_t end, d
     }
     const V<double> up = broadcast(1.0) / down;
     for (int k = 0; k < c; ++k) d[k] = square_root(d[k] > 0.0 ? d[k] * up : V<double>{});
-    const I lost = (bad == 0.0) & (most > 0.0) & (least < most * 1e-10) & (c > x.cols ? I{} : I{} - 1);
+    const I lost = (bad == 0.0) & (most > 0.0) & (least < most * floor) & (c > x.cols ? I{} : I{} - 1);
     const double nan = __builtin_nan("");
     for (int s = 0; s < lanes; ++s) {
       double* to = values + (first + s) * c;

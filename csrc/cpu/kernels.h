@@ -34,10 +34,13 @@ template <typename T>
 using GramPullback = void (*)(const Matrices<T>& x, const GramCotangents& g, std::int64_t begin, std::int64_t end,
                               T* out);
 
-// Singular values, descending, [n, c], and left singular vectors as rows, [n, c, c] (null: not wanted).
+// Singular values, descending, [n, c], and left singular vectors as rows, [n, c, c] (null: not wanted). Samples with
+// eigenvalues of the Gram matrix below `floor` times the largest are decomposed directly.
 template <typename T>
-using GramSpectrum = void (*)(const Matrices<T>& x, std::int64_t begin, std::int64_t end, double* values,
-                              double* vectors);
+using GramSpectrum = void (*)(const Matrices<T>& x, double floor, std::int64_t begin, std::int64_t end,
+                              double* values, double* vectors);
+
+constexpr double kGramFloor = 1e-10;  // six digits of the smallest singular value are gone
 
 // L of x = L Q for the samples marked, [n, c, c], zeros for the others; any c.
 template <typename T>

@@ -195,8 +195,8 @@ void spectra_and_lost_digits(const Kernels& kernels, int c) {
   }
   const Matrices<double> m = contiguous(all, n, c, d);
   std::vector<double> values(count(n, c)), alone(count(n, c)), vectors(count(n, c, c));
-  kernels.f64.gram_spectrum(m, 0, n, alone.data(), nullptr);
-  kernels.f64.gram_spectrum(m, 0, n, values.data(), vectors.data());
+  kernels.f64.gram_spectrum(m, flatkern::cpu::kGramFloor, 0, n, alone.data(), nullptr);
+  kernels.f64.gram_spectrum(m, flatkern::cpu::kGramFloor, 0, n, values.data(), vectors.data());
   Stats stats(n, c);
   kernels.f64.gram_stats(m, 0, n, stats.out(true));
   const std::unique_ptr<bool[]> wanted(new bool[count(n)]);
@@ -273,7 +273,7 @@ void edges(const Kernels& kernels, int c) {
   Stats stats(3, c);
   kernels.f64.gram_stats(m, 0, 3, stats.out(true));
   std::vector<double> values(count(3, c)), vectors(count(3, c, c));
-  kernels.f64.gram_spectrum(m, 0, 3, values.data(), vectors.data());
+  kernels.f64.gram_spectrum(m, flatkern::cpu::kGramFloor, 0, 3, values.data(), vectors.data());
   EXPECT(stats.deficient[0] && stats.bad[0] == 1 && stats.logdet[0] == -INFINITY);
   EXPECT(stats.deficient[1] && stats.bad[1] == c && stats.ratio[1] == 0);
   EXPECT(std::isnan(stats.logdet[2]) && !stats.deficient[2] && stats.bad[2] == 0);

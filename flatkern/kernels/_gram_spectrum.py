@@ -31,7 +31,7 @@ class GramSpectrum(NamedTuple):
     """Σ_{j ≤ k} log σ_j, float64 [...]; -inf where σ_k ≤ 8 √r ε σ_1 (ε of x's dtype)."""
 
 
-def gram_singular_values(x: Tensor) -> Tensor:
+def gram_singular_values(x: Tensor, *, precise: bool = True) -> Tensor:
     r"""The singular values of every sample in descending order, from the smaller Gram matrix in float64.
 
     For up to 64 values by Householder tridiagonalization and QL iterations of G = x xᵀ, a vector of samples at once. A
@@ -43,6 +43,8 @@ def gram_singular_values(x: Tensor) -> Tensor:
 
     Args:
         x: [..., c, d], float32 or float64, any strides.
+        precise: with False samples that lost the digits of small values are left so, which is quicker where only the
+            large ones matter: every σ² is good to rounding of σ_1². No effect where a derivative may be asked for.
 
     Returns:
         [..., min(c, d)], float64; NaN for a sample with NaN or infinities.
@@ -63,7 +65,7 @@ def gram_singular_values(x: Tensor) -> Tensor:
         tensor([4., 3.], dtype=torch.float64)
     """
     check_matrices("gram_singular_values", x, square=False)
-    return _apply(x if x.shape[-2] <= x.shape[-1] else x.mT)
+    return _apply(x if x.shape[-2] <= x.shape[-1] else x.mT, precise)
 
 
 def gram_spectrum(x: Tensor, k: int | None = None) -> GramSpectrum:
@@ -108,6 +110,24 @@ def gram_spectrum(x: Tensor, k: int | None = None) -> GramSpectrum:
     return GramSpectrum(values, top, ratio, torch.where(deficient, -torch.inf, volume))
 
 
+def reference_values(x: Tensor, precise: bool) -> Tensor:
+    """Singular values, descending: by `eigvalsh` of the Gram matrix, or by SVD where it has lost digits."""
+    G = _gram.reference(x)
+    finite = G.isfinite().all(-1).all(-1)
+    identity = torch.eye(x.shape[-2], dtype=torch.float64, device=x.device)
+    eigenvalues = torch.linalg.eigvalsh(torch.where(finite[..., None, None], G, identity))
+    values = eigenvalues.clamp_min(0).sqrt().flip(-1)
+    if precise and x.shape[-2] > 0:
+        lost = finite & (eigenvalues[..., 0] < _FLOOR * eigenvalues[..., -1])
+        if not concrete(x):
+            chosen = torch.where(lost[..., None, None], x, 0.0).double()
+            values = torch.where(lost[..., None], torch.linalg.svdvals(chosen), values)
+        elif bool(lost.any()):
+            values = values.clone()
+            values[lost] = torch.linalg.svdvals(x[lost].double())
+    return torch.where(finite[..., None], values, torch.nan)
+
+
 def reference(x: Tensor) -> tuple[Tensor, Tensor]:
     """Singular values, descending, and left singular vectors as rows: by `eigh` of the Gram matrix, or by SVD.
 
@@ -136,10 +156,10 @@ def reference(x: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def _raw(x: Tensor) -> Tensor:
+def _raw(x: Tensor, precise: bool) -> Tensor:
     if not runs_compiled(x, cuda=False, limit=MAX_SPECTRUM):
-        return reference(x)[0]
-    values: Tensor = torch.ops.flatkern.gram_singular_values(few_dims(x))
+        return reference_values(x, precise)
+    values: Tensor = torch.ops.flatkern.gram_singular_values(few_dims(x), precise)
     return values.reshape(x.shape[:-1])
 
 
@@ -209,11 +229,11 @@ def _both(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @in_graph
-def _apply(x: Tensor) -> Tensor:
-    return _both(x)[0] if differentiated(x) else _raw(x)
+def _apply(x: Tensor, precise: bool) -> Tensor:
+    return _both(x)[0] if differentiated(x) else _raw(x, precise)
 
 
-def _fake(x: Tensor) -> Tensor:
+def _fake(x: Tensor, precise: bool = True) -> Tensor:
     return x.new_empty(x.shape[:-1], dtype=torch.float64)
 
 

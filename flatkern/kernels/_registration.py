@@ -82,10 +82,14 @@ def concrete(x: Tensor) -> bool:
     return plain and x.device.type == "cpu"
 
 
-def front(info: Any, in_dims: Sequence[int | None], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Each tensor with the dimension that vmap adds in front, expanded there where it has none."""
+def front(info: Any, in_dims: Sequence[int | None], tensors: Sequence[Any]) -> list[Any]:
+    """Each tensor with the dimension that vmap adds in front, expanded there where it has none; the rest as it is."""
     return [
-        t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+        t
+        if not isinstance(t, Tensor)
+        else t.expand(info.batch_size, *t.shape)
+        if dim is None
+        else t.movedim(dim, 0)
         for t, dim in zip(tensors, in_dims, strict=True)
     ]
 

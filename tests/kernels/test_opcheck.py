@@ -24,7 +24,7 @@ def arguments(name: str, dtype: torch.dtype, n: int) -> tuple[torch.Tensor, ...]
         "gram_stats": (x,),
         "gram_stats_factors": (x.mT,),
         "gram_pullback": (x, G, G, *weights),
-        "gram_singular_values": (x,),
+        "gram_singular_values": (x, True),
         "gram_singular_vectors": (x,),
         "lq_factor": (x, torch.arange(n) % 2 == 0),
     }[name]

@@ -55,6 +55,20 @@ def test_a_small_value_is_found_although_the_gram_has_lost_it(which, c, least):
 
 
 @both
+@pytest.mark.parametrize("c", [3, 12, 70])
+def test_not_precise_leaves_small_values_to_the_gram(which, c):
+    x = rows(5, c, c + 4, 1e9)
+    expected = torch.linalg.svdvals(x)
+    with using(which):
+        got = kernels.gram_singular_values(x, precise=False)
+        exact = kernels.gram_singular_values(x)
+    torch.testing.assert_close(got[:, 0], expected[:, 0], rtol=1e-12, atol=0)
+    assert ((got.square() - expected.square()).abs() < 1e-15 * c**2).all()
+    assert ((got[:, -1] - expected[:, -1]).abs() > 1e-10).any()
+    torch.testing.assert_close(exact, expected, rtol=1e-5, atol=0)
+
+
+@both
 @pytest.mark.parametrize("c", [4, 12])
 def test_repeated_and_zero_values(which, c):
     x = torch.zeros(6, c, c + 1, dtype=torch.float64)
