@@ -185,7 +185,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gram_
 }
 
 // All but x are contiguous and float64.
-Tensor gram_pullback(Tensor x, Tensor gram, Tensor inverse, Tensor logdet, Tensor trace, Tensor frobenius_sq) {
+Tensor gram_pullback(Tensor x, Tensor gram, Tensor inverse, Tensor logdet, Tensor trace,
+                     Tensor frobenius_sq) {
   check_sizes(x, flatkern::cpu::kMaxSize, false);
   Tensor out = empty(x, batch_sizes(x, {x.size(-2), x.size(-1)}), x.scalar_type());
   const auto read = [](const Tensor& t) { return static_cast<const double*>(t.const_data_ptr()); };
@@ -209,7 +210,8 @@ void fill_spectrum(const Tensor& x, double floor, double* values, double* vector
 
 Tensor gram_singular_values(Tensor x, bool precise) {
   Tensor values = empty(x, batch_sizes(x, {x.size(-2)}), ScalarType::Double);
-  fill_spectrum(x, precise ? flatkern::cpu::kGramFloor : 0, static_cast<double*>(values.mutable_data_ptr()), nullptr);
+  fill_spectrum(x, precise ? flatkern::cpu::kGramFloor : 0, static_cast<double*>(values.mutable_data_ptr()),
+                nullptr);
   return values;
 }
 
@@ -217,7 +219,8 @@ std::tuple<Tensor, Tensor> gram_singular_vectors(Tensor x) {
   const std::int64_t c = x.size(-2);
   Tensor values = empty(x, batch_sizes(x, {c}), ScalarType::Double);
   Tensor vectors = empty(x, batch_sizes(x, {c, c}), ScalarType::Double);
-  fill_spectrum(x, flatkern::cpu::kGramFloor, static_cast<double*>(values.mutable_data_ptr()), static_cast<double*>(vectors.mutable_data_ptr()));
+  fill_spectrum(x, flatkern::cpu::kGramFloor, static_cast<double*>(values.mutable_data_ptr()),
+                static_cast<double*>(vectors.mutable_data_ptr()));
   return {values, vectors};
 }
 
@@ -312,8 +315,9 @@ STABLE_TORCH_LIBRARY(flatkern, m) {
   m.def("gram(Tensor x) -> Tensor");
   m.def("gram_stats(Tensor x) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("gram_stats_factors(Tensor x) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("gram_pullback(Tensor x, Tensor gram, Tensor inverse, Tensor logdet, Tensor trace, Tensor frobenius_sq)"
-        " -> Tensor");
+  m.def(
+      "gram_pullback(Tensor x, Tensor gram, Tensor inverse, Tensor logdet, Tensor trace, Tensor frobenius_sq)"
+      " -> Tensor");
   m.def("gram_singular_values(Tensor x, bool precise) -> Tensor");
   m.def("gram_singular_vectors(Tensor x) -> (Tensor, Tensor)");
   m.def("lq_factor(Tensor x, Tensor wanted) -> Tensor");

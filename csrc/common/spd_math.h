@@ -52,9 +52,9 @@ FLATKERN_HD constexpr double lost_digits() {
   return sizeof(T) == 4 ? 1e-10 : 1e-8;
 }
 
-// The square of l_kk of the rows' own factorization x = L Q is no good at this part of the diagonal entry. A row
-// that depends on those before comes out as the rounding of the rows, enlarged by the condition of those before:
-// 1024 sqrt(c) eps leaves room for that. Rows of single precision as above.
+// The square of l_kk of the rows' own factorization x = L Q is no good at this part of the diagonal entry. A
+// row that depends on those before comes out as the rounding of the rows, enlarged by the condition of those
+// before: 1024 sqrt(c) eps leaves room for that. Rows of single precision as above.
 template <typename T>
 FLATKERN_HD constexpr double lq_tolerance(std::int64_t c) {
   const double eps = static_cast<double>(Limits<T>::eps), factor = sizeof(T) == 4 ? 1 : 1048576;

@@ -145,8 +145,8 @@ void spd_logdet(const Matrices<T>& g, std::int64_t begin, std::int64_t end, T* o
   }
 }
 
-// weight[n] times the inverse: the derivative of the log-determinants. Where a matrix is not numerically positive
-// definite, or not finite, there is none: zeros where the weight is zero, else NaN.
+// weight[n] times the inverse: the derivative of the log-determinants. Where a matrix is not numerically
+// positive definite, or not finite, there is none: zeros where the weight is zero, else NaN.
 template <typename T>
 void spd_pullback(const Matrices<T>& g, const T* weight, std::int64_t begin, std::int64_t end, T* out) {
   const int c = static_cast<int>(g.rows);

@@ -1,6 +1,7 @@
-// Eigenvalues of `width` symmetric positive semidefinite matrices at once, one a lane: Householder reduction to
-// tridiagonal form (Martin, Reinsch & Wilkinson 1968), then QL iterations with explicit shifts (Bowdler, Martin,
-// Reinsch & Wilkinson 1968). All lanes share the positions worked on; a lane that has converged holds still.
+// Eigenvalues of `width` symmetric positive semidefinite matrices at once, one a lane: Householder reduction
+// to tridiagonal form (Martin, Reinsch & Wilkinson 1968), then QL iterations with explicit shifts (Bowdler,
+// Martin, Reinsch & Wilkinson 1968). All lanes share the positions worked on; a lane that has converged holds
+// still.
 #pragma once
 
 #include "batch_spd.h"
@@ -132,8 +133,8 @@ inline void accumulate_reflections(const V<double>* __restrict a, int c, const V
 
 // Rotations (cosine, sine) of rows i and i + 1 of z for i = m - 1 down to l, N columns at a time.
 template <int N>
-FLATKERN_INLINE void rotate_columns(V<double>* __restrict z, int c, int l, int k, const V<double>* __restrict cosine,
-                                    const V<double>* __restrict sine) {
+FLATKERN_INLINE void rotate_columns(V<double>* __restrict z, int c, int l, int k,
+                                    const V<double>* __restrict cosine, const V<double>* __restrict sine) {
   V<double> carry[N];
 #pragma GCC unroll 4
   for (int s = 0; s < N; ++s) carry[s] = z[(c - 1) * c + k + s];

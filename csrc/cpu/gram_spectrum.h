@@ -7,9 +7,9 @@
 
 namespace flatkern::cpu::FLATKERN_ISA {
 
-// One-sided Jacobi rotations (Hestenes 1958) of the rows of l, c x c: afterwards they are orthogonal, and their
-// lengths are the singular values to full relative precision where the rows were merely badly scaled, to that
-// of the largest otherwise. The rows of `u` (null: not wanted) turn along, from the identity.
+// One-sided Jacobi rotations (Hestenes 1958) of the rows of l, c x c: afterwards they are orthogonal, and
+// their lengths are the singular values to full relative precision where the rows were merely badly scaled,
+// to that of the largest otherwise. The rows of `u` (null: not wanted) turn along, from the identity.
 FLATKERN_INLINE void jacobi_rows(double* l, double* u, std::int64_t c, std::int64_t pitch) {
   constexpr int width = Simd<double>::width;
   const double tolerance = 2 * Limits<double>::eps * __builtin_sqrt(static_cast<double>(c));
@@ -59,8 +59,8 @@ FLATKERN_INLINE void sort_descending(double* values, double* u, std::int64_t c) 
 }
 
 // Values [n, c] descending; `vectors` (may be null) [n, c, c], row j the left singular vector of value j.
-// Samples whose least eigenvalue is below `floor` times the largest have lost its digits in the Gram matrix and are
-// decomposed directly.
+// Samples whose least eigenvalue is below `floor` times the largest have lost its digits in the Gram matrix
+// and are decomposed directly.
 template <typename T>
 void gram_spectrum(const Matrices<T>& x, double floor, std::int64_t begin, std::int64_t end, double* values,
                    double* vectors) {
@@ -88,7 +88,8 @@ void gram_spectrum(const Matrices<T>& x, double floor, std::int64_t begin, std::
       const std::int64_t n = first + s;
       sample[s] = grams + (s < lanes ? s : lanes - 1) * square;
       if (s < lanes) {
-        gram_sample<T>(x.sample(n), x.sample(n + 1 < end ? n + 1 : n), x, block, pack, tail, grams + s * square, c);
+        gram_sample<T>(x.sample(n), x.sample(n + 1 < end ? n + 1 : n), x, block, pack, tail,
+                       grams + s * square, c);
       }
     }
     const V<double> bad = load_lower<double>(sample, c, c, 1, a);
@@ -118,7 +119,8 @@ void gram_spectrum(const Matrices<T>& x, double floor, std::int64_t begin, std::
         double* wide = l + square;
         lq_sample<T>(x.sample(first + s), x, rows.get(), l);
         for (std::int64_t i = 0; i < c; ++i) {
-          for (std::int64_t k = 0; k < jacobi_pitch; ++k) wide[i * jacobi_pitch + k] = k < c ? l[i * c + k] : 0;
+          for (std::int64_t k = 0; k < jacobi_pitch; ++k)
+            wide[i * jacobi_pitch + k] = k < c ? l[i * c + k] : 0;
           for (std::int64_t k = 0; u && k < c; ++k) u[i * c + k] = i == k ? 1 : 0;
         }
         jacobi_rows(wide, u, c, jacobi_pitch);

@@ -31,8 +31,8 @@ FLATKERN_INLINE void stats_of_rows(const Matrices<T>& x, std::int64_t n, const d
   out.pivot_ratio[n] = ratio;
   out.bad_pivots[n] = bad;
   out.rank_deficient[n] = bad > 0;
-  out.logdet[n] = bad > 0 ? -__builtin_inf()
-                          : 2 * (__builtin_log(mantissas) + static_cast<double>(exponents) * log_two);
+  out.logdet[n] =
+      bad > 0 ? -__builtin_inf() : 2 * (__builtin_log(mantissas) + static_cast<double>(exponents) * log_two);
   if (out.inverse && bad == 0) invert_sample(l, c, l + c * c, out.inverse + n * c * c);
 }
 
@@ -89,7 +89,8 @@ void gram_stats(const Matrices<T>& x, std::int64_t begin, std::int64_t end, cons
     const I all = I{} - 1, doubtful = c > x.cols ? all : (ratio < lost_below) | ~pivots.good;
     const I lost = (bad == 0.0) & doubtful;
     const V<double> logdet = logdet_of(pivots, bad);
-    if (out.inverse) store_inverse<double>(a, c, inverse, (bad == 0.0) & ~doubtful, broadcast(1.0), m, to, lanes);
+    if (out.inverse)
+      store_inverse<double>(a, c, inverse, (bad == 0.0) & ~doubtful, broadcast(1.0), m, to, lanes);
     store_lanes<double>(out.logdet + first, logdet, lanes);
     store_lanes<double>(out.trace + first, trace, lanes);
     store_lanes<double>(out.frobenius_sq + first, diagonal_sq + off_sq * 2.0, lanes);
@@ -109,8 +110,8 @@ void gram_stats(const Matrices<T>& x, std::int64_t begin, std::int64_t end, cons
   }
 }
 
-// 2 (g_tr I + 2 g_F G + g_ld G^-1) x of one sample. The sums run in double, whatever the rows' type; rows of x
-// in blocks of columns, R of them combined at a time.
+// 2 (g_tr I + 2 g_F G + g_ld G^-1) x of one sample. The sums run in double, whatever the rows' type; rows of
+// x in blocks of columns, R of them combined at a time.
 template <typename T, int R>
 FLATKERN_INLINE void combine_rows(const double* f, std::int64_t c, const double* pack, std::int64_t pitch,
                                   std::int64_t n, std::int64_t i0, T* out, std::int64_t stride) {

@@ -21,21 +21,23 @@ using SpdLogdet = void (*)(const Matrices<T>& g, std::int64_t begin, std::int64_
 
 // weight[n] times the inverse of matrix n, [n, c, c].
 template <typename T>
-using SpdPullback = void (*)(const Matrices<T>& g, const T* weight, std::int64_t begin, std::int64_t end, T* out);
+using SpdPullback = void (*)(const Matrices<T>& g, const T* weight, std::int64_t begin, std::int64_t end,
+                             T* out);
 
 template <typename T>
 using Gram = void (*)(const Matrices<T>& x, std::int64_t begin, std::int64_t end, double* out);
 
 template <typename T>
-using GramStats = void (*)(const Matrices<T>& x, std::int64_t begin, std::int64_t end, const GramStatsOut& out);
+using GramStats = void (*)(const Matrices<T>& x, std::int64_t begin, std::int64_t end,
+                           const GramStatsOut& out);
 
 // The derivative of the statistics along the cotangents, [n, c, d].
 template <typename T>
-using GramPullback = void (*)(const Matrices<T>& x, const GramCotangents& g, std::int64_t begin, std::int64_t end,
-                              T* out);
+using GramPullback = void (*)(const Matrices<T>& x, const GramCotangents& g, std::int64_t begin,
+                              std::int64_t end, T* out);
 
-// Singular values, descending, [n, c], and left singular vectors as rows, [n, c, c] (null: not wanted). Samples with
-// eigenvalues of the Gram matrix below `floor` times the largest are decomposed directly.
+// Singular values, descending, [n, c], and left singular vectors as rows, [n, c, c] (null: not wanted).
+// Samples with eigenvalues of the Gram matrix below `floor` times the largest are decomposed directly.
 template <typename T>
 using GramSpectrum = void (*)(const Matrices<T>& x, double floor, std::int64_t begin, std::int64_t end,
                               double* values, double* vectors);
@@ -44,7 +46,8 @@ constexpr double kGramFloor = 1e-10;  // six digits of the smallest singular val
 
 // L of x = L Q for the samples marked, [n, c, c], zeros for the others; any c.
 template <typename T>
-using Lq = void (*)(const Matrices<T>& x, const bool* wanted, std::int64_t begin, std::int64_t end, double* out);
+using Lq = void (*)(const Matrices<T>& x, const bool* wanted, std::int64_t begin, std::int64_t end,
+                    double* out);
 
 template <typename T>
 struct TypedKernels {

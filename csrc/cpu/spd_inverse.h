@@ -55,13 +55,12 @@ FLATKERN_INLINE void invert_rows(const V<T>* __restrict a, int i0, V<T>* __restr
   }
 }
 
-// The inverse times `scale`, both triangles, to to[0 .. lanes - 1], c x c each; it counts as zero for the samples
-// not in `usable`.
-// `a` is a factor as ldl leaves it and is spoiled, `inverse` the reciprocal pivots, `m` room for
-// inverse_vectors(c).
+// The inverse times `scale`, both triangles, to to[0 .. lanes - 1], c x c each; it counts as zero for the
+// samples not in `usable`. `a` is a factor as ldl leaves it and is spoiled, `inverse` the reciprocal pivots,
+// `m` room for inverse_vectors(c).
 template <typename T>
-void store_inverse(V<T>* __restrict a, int c, const V<T>* __restrict inverse, typename Simd<T>::I usable, V<T> scale,
-                   V<T>* __restrict m, T* const* to, int lanes) {
+void store_inverse(V<T>* __restrict a, int c, const V<T>* __restrict inverse, typename Simd<T>::I usable,
+                   V<T> scale, V<T>* __restrict m, T* const* to, int lanes) {
   constexpr int N = kInverseBlock, tile = Simd<T>::tile;
   const int pitch = inverse_pitch(c);
   for (int i = 0; i < c; ++i) {

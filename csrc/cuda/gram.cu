@@ -1,8 +1,8 @@
 // Gram matrices in double and their statistics: up to 32 rows a warp a sample, up to 128 a block a sample.
 #include <cuda_runtime.h>
 
-#include "kernels.h"
 #include "gram_factor.cuh"
+#include "kernels.h"
 #include "ldl.cuh"
 
 namespace flatkern::cuda {

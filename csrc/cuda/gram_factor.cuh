@@ -1,6 +1,6 @@
-// What the statistics' kernels leave to do, by a block a sample: the inverse of the Gram matrix, and the statistics
-// of samples whose Gram matrix has lost its digits in double. Each block looks at its own sample, so nothing waits
-// for the host.
+// What the statistics' kernels leave to do, by a block a sample: the inverse of the Gram matrix, and the
+// statistics of samples whose Gram matrix has lost its digits in double. Each block looks at its own sample,
+// so nothing waits for the host.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,9 +12,11 @@ namespace flatkern::cuda {
 
 constexpr int kFactorThreads = 128;
 
-// (L D L^T)^-1 from the packed factor a (u_ij = l_ij d_j below the diagonal) and the reciprocal pivots, a column a
-// thread: h = L^-T D^-1 L^-1 e_j, where `out` itself is the working space: entry (k, j) at out[k c + j].
-__device__ __forceinline__ void invert_columns(const double* a, const double* reciprocals, int c, bool good, double* out) {
+// (L D L^T)^-1 from the packed factor a (u_ij = l_ij d_j below the diagonal) and the reciprocal pivots, a
+// column a thread: h = L^-T D^-1 L^-1 e_j, where `out` itself is the working space: entry (k, j) at out[k c +
+// j].
+__device__ __forceinline__ void invert_columns(const double* a, const double* reciprocals, int c, bool good,
+                                               double* out) {
   for (int j = threadIdx.x; j < c; j += blockDim.x) {
     for (int k = 0; k < c; ++k) {
       double h = k == j && good ? 1.0 : 0.0;
@@ -32,8 +34,8 @@ __device__ __forceinline__ void invert_columns(const double* a, const double* re
   }
 }
 
-// Samples that are finite and not lost: the inverse from the Gram matrix. Lost ones: everything anew in twice the
-// precision, from the rows.
+// Samples that are finite and not lost: the inverse from the Gram matrix. Lost ones: everything anew in twice
+// the precision, from the rows.
 template <typename T>
 __global__ void __launch_bounds__(kFactorThreads)
     factor_block(Matrices<T> x, std::int64_t n, GramStatsOut out, double lost_below, double tolerance) {

@@ -16,8 +16,8 @@ __device__ __forceinline__ T sum_over_warp(T x) {
   return x;
 }
 
-// What the pivots say besides the log-determinant: the least of them over its diagonal entry, how many were no
-// good.
+// What the pivots say besides the log-determinant: the least of them over its diagonal entry, how many were
+// no good.
 struct PivotReport {
   double ratio = 1;
   int bad = 0;
@@ -40,7 +40,8 @@ __device__ __forceinline__ T conclude(T log_sum, bool good, bool finite) {
 // Lane i of each group of C lanes holds row i of its own matrix in a[0 .. i]; lanes c and up hold zeros.
 // Every lane of the warp takes part. Returns the log-determinant to all lanes of the group.
 template <typename T, int C>
-__device__ __forceinline__ T ldl_lanes(T (&a)[C], int c, T tolerance, bool finite, PivotReport* report = nullptr) {
+__device__ __forceinline__ T ldl_lanes(T (&a)[C], int c, T tolerance, bool finite,
+                                       PivotReport* report = nullptr) {
   const int lane = threadIdx.x % C;
   T diagonal = T(0), pivot = T(1);
   bool good = true;

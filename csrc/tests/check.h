@@ -15,11 +15,12 @@ inline void expect(bool condition, const char* what, const char* file, int line)
   ++failures;
 }
 
-inline void expect_near(double got, double expected, double allowed, const char* what, const char* file, int line) {
+inline void expect_near(double got, double expected, double allowed, const char* what, const char* file,
+                        int line) {
   if (std::fabs(got - expected) <= allowed) return;
   if (failures < 50) {
-    std::printf("FAILED %s:%d [%s]: %s is %.17g, expected %.17g within %.3g\n", file, line, context, what, got,
-                expected, allowed);
+    std::printf("FAILED %s:%d [%s]: %s is %.17g, expected %.17g within %.3g\n", file, line, context, what,
+                got, expected, allowed);
   }
   ++failures;
 }

@@ -39,7 +39,8 @@ Wide plain_gram(const T* x, int c, int d) {
   Wide g(count(c, c));
   for (int i = 0; i < c; ++i) {
     for (int j = 0; j < c; ++j) {
-      for (int k = 0; k < d; ++k) g[count(i, c) + count(j)] += static_cast<long double>(x[i * d + k]) * x[j * d + k];
+      for (int k = 0; k < d; ++k)
+        g[count(i, c) + count(j)] += static_cast<long double>(x[i * d + k]) * x[j * d + k];
     }
   }
   return g;
@@ -78,12 +79,24 @@ struct Stats {
   std::vector<std::int64_t> bad;
 
   Stats(std::int64_t n, int c)
-      : logdet(count(n)), trace(count(n)), frobenius_sq(count(n)), ratio(count(n)), gram(count(n, c, c)),
-        inverse(count(n, c, c)), deficient(new bool[count(n)]), bad(count(n)) {}
+      : logdet(count(n)),
+        trace(count(n)),
+        frobenius_sq(count(n)),
+        ratio(count(n)),
+        gram(count(n, c, c)),
+        inverse(count(n, c, c)),
+        deficient(new bool[count(n)]),
+        bad(count(n)) {}
 
   GramStatsOut out(bool factors) {
-    return {logdet.data(), trace.data(), frobenius_sq.data(), deficient.get(), ratio.data(), bad.data(),
-            factors ? gram.data() : nullptr, factors ? inverse.data() : nullptr};
+    return {logdet.data(),
+            trace.data(),
+            frobenius_sq.data(),
+            deficient.get(),
+            ratio.data(),
+            bad.data(),
+            factors ? gram.data() : nullptr,
+            factors ? inverse.data() : nullptr};
   }
 };
 
@@ -109,9 +122,10 @@ void compare_with_plain_loops(const Kernels& kernels, int c, double tolerance) {
   const std::vector<double> by_logdet = gaussians(count(n), 1), by_trace = gaussians(count(n), 2),
                             by_frobenius = gaussians(count(n), 3);
   std::vector<T> pulled(x.size());
-  kernels.of(T{}).gram_pullback(
-      m, GramCotangents{by_logdet.data(), by_trace.data(), by_frobenius.data(), full.gram.data(), full.inverse.data()},
-      0, n, pulled.data());
+  kernels.of(T{}).gram_pullback(m,
+                                GramCotangents{by_logdet.data(), by_trace.data(), by_frobenius.data(),
+                                               full.gram.data(), full.inverse.data()},
+                                0, n, pulled.data());
   for (int s = 0; s < n; ++s) {
     const Wide plain = plain_gram(x.data() + count(s, c, d), c, d);
     Wide inverted = plain;
@@ -138,7 +152,8 @@ void compare_with_plain_loops(const Kernels& kernels, int c, double tolerance) {
     EXPECT_NEAR(static_cast<double>(spd[at]), expected, tolerance * (1 + std::abs(expected)));
     for (int i = 0; i < c; ++i) {
       for (int k = 0; k < d; ++k) {
-        long double sum = 2 * by_trace[at] * static_cast<long double>(x[count(s, c, d) + count(i, d) + count(k)]);
+        long double sum =
+            2 * by_trace[at] * static_cast<long double>(x[count(s, c, d) + count(i, d) + count(k)]);
         for (int j = 0; j < c; ++j) {
           const std::size_t e = count(i, c) + count(j);
           sum += (4 * by_frobenius[at] * plain[e] + 2 * by_logdet[at] * inverted[e]) *
@@ -235,7 +250,8 @@ void spectra_and_lost_digits(const Kernels& kernels, int c) {
       for (int j = 0; j < c; ++j) {
         double sum = 0;
         for (int k = 0; k < c; ++k) {
-          sum += factors[count(s, c, c) + count(i, c) + count(k)] * factors[count(s, c, c) + count(j, c) + count(k)];
+          sum += factors[count(s, c, c) + count(i, c) + count(k)] *
+                 factors[count(s, c, c) + count(j, c) + count(k)];
         }
         const double expected = wanted[count(s)] ? static_cast<double>(gram[count(i, c) + count(j)]) : 0;
         EXPECT_NEAR(sum, expected, 1e-13 * c);

@@ -89,9 +89,7 @@ class _Pullback(torch.autograd.Function):
             change = change + gram_pullback(x, G, inverse, *moved)
         if T[1] is not None or T[2] is not None:
             dG, dinverse = (torch.zeros_like(G) if t is None else t for t in T[1:3])
-            change = change + gram_pullback(
-                x, dG, dinverse, g_logdet, torch.zeros_like(g_trace), g_frobenius
-            )
+            change = change + gram_pullback(x, dG, dinverse, g_logdet, torch.zeros_like(g_trace), g_frobenius)
         return change
 
     @staticmethod

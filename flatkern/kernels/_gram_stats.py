@@ -169,10 +169,21 @@ class _GramStats(torch.autograd.Function):
         half = T.double() @ x.double().mT
         change = half + half.mT
         log_change = (inverse * change).sum((-2, -1))
-        log_change = torch.where(value.isfinite(), log_change, on_finite(T.double().abs().sum((-2, -1)), value))
+        log_change = torch.where(
+            value.isfinite(), log_change, on_finite(T.double().abs().sum((-2, -1)), value)
+        )
         trace_change = change.diagonal(dim1=-2, dim2=-1).sum(-1)
         frobenius_change = 2 * (G * change).sum((-2, -1))
-        return log_change, trace_change, frobenius_change, None, None, None, change, -(inverse @ change @ inverse)
+        return (
+            log_change,
+            trace_change,
+            frobenius_change,
+            None,
+            None,
+            None,
+            change,
+            -(inverse @ change @ inverse),
+        )
 
     @staticmethod
     def vmap(_info: Any, in_dims: Any, x: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
