@@ -37,9 +37,10 @@ def gram_singular_values(x: Tensor, *, precise: bool = True) -> Tensor:
     For up to 64 values by Householder tridiagonalization and QL iterations of G = x xᵀ, a vector of samples at once. A
     sample whose smallest eigenvalue is below 10⁻¹⁰ of its largest has lost the digits of σ_r in G; its rows are then
     factored, x = L Q, and L is diagonalized by one-sided Jacobi rotations. Chosen sample by sample inside the kernel.
+    There is no CUDA kernel: on a GPU `eigvalsh` (which waits for it), and an SVD of every sample unless not `precise`.
 
-    The derivative is ∂σ_j = u_jᵀ ∂x xᵀ u_j / σ_j; second derivatives divide by σ_j² − σ_i² and are not finite where values
-    coincide, as those of `torch.linalg.svdvals`.
+    The derivative is ∂σ_j = u_jᵀ ∂x xᵀ u_j / σ_j; second derivatives divide by σ_j² − σ_i² and are not finite where
+    values coincide, as those of `torch.linalg.svdvals`.
 
     Args:
         x: [..., c, d], float32 or float64, any strides.
@@ -49,8 +50,8 @@ def gram_singular_values(x: Tensor, *, precise: bool = True) -> Tensor:
     Returns:
         [..., min(c, d)], float64; NaN for a sample with NaN or infinities.
 
-    Cost: c²d/2 + 2c³/3 + 8c² multiply-adds a sample (c the smaller side), three times that where a derivative may be asked
-        for. Above 64 `torch.linalg.eigvalsh`.
+    Cost: c²d/2 + 2c³/3 + 8c² multiply-adds a sample (c the smaller side), three times that where a derivative may be
+        asked for. Above 64 `torch.linalg.eigvalsh`.
 
     Raises:
         TypeError: another dtype or layout.

@@ -44,10 +44,10 @@ def gram_stats(x: Tensor) -> GramStats:
     sample's rows are factored themselves, x = L Q, by modified Gram-Schmidt. The choice is made sample by sample inside
     the kernel: without an exception, and without a synchronization with a GPU.
 
-    Rank. A pivot is no good at or below 2²⁰ c ε² of its diagonal entry (float32: c ε², as its rows are known no better),
-    that is a condition number of about 10¹² (10⁶): `logdet` is -inf, `rank_deficient` set and `bad_pivots` counts them;
-    c > d is deficient by construction. The test does not change when rows are rescaled. NaN or infinities in a sample
-    give NaN.
+    Rank. A pivot is no good at or below 2²⁰ c ε² of its diagonal entry (float32: c ε²: its rows are known no
+    better), that is a condition number of about 10¹² (10⁶): `logdet` is -inf, `rank_deficient` set and `bad_pivots`
+    counts them; c > d is deficient by construction. The test does not change when rows are rescaled. NaN or
+    infinities in a sample give NaN.
 
     The derivative is ∂x = 2 (g_tr I + 2 g_F G + g_ld G⁻¹) x; where it may be asked for, G and G⁻¹ are kept from the
     same factorization. Where `logdet` is not finite its own part is NaN, or zero for a sample whose incoming gradient
@@ -136,7 +136,7 @@ def _raw_factors(x: Tensor) -> tuple[Tensor, ...]:
 
 @quick
 class _GramStats(torch.autograd.Function):
-    """x → the statistics, G, G⁻¹: the last two are outputs so that what is built on them can be differentiated again."""
+    """x → the statistics, G, G⁻¹; the last two are outputs so that what is built on them has derivatives too."""
 
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, ...]:

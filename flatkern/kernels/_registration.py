@@ -77,7 +77,7 @@ def differentiated(x: Tensor) -> bool:
 
 
 def concrete(x: Tensor) -> bool:
-    """Whether values of ``x`` may be looked at without waiting for a GPU and without breaking a transform or a trace."""
+    """Whether values of ``x`` may be looked at: no GPU is waited for, no transform or trace broken."""
     plain = type(x) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(x)
     return plain and x.device.type == "cpu"
 
