@@ -22,7 +22,7 @@ from flatkern.experiments.run_files import RunFile
 from flatkern.experiments.settings import DemoConfig, Group
 from flatkern.experiments.training import Run, train_group
 
-__all__ = ["available_cores", "train_all", "train_groups"]
+__all__ = ["available_cores", "run_file", "train_all", "train_groups"]
 
 
 def available_cores() -> int:
@@ -47,7 +47,7 @@ def train_groups(
     folder: Path | None = None,
     progress: bool = True,
 ) -> dict[Group, list[Run]]:
-    """Train some groups, ``config.jobs`` at a time; with a ``folder`` each keeps its state there and goes on from it."""
+    """Train some groups, ``config.jobs`` at a time; with a ``folder`` each keeps its state there."""
     jobs = min(config.jobs or available_cores(), max(len(groups), 1))
     total = sum(len(group.seeds) for group in groups) * config.steps
     # the longest first, so that no core is left alone with a long one at the end
@@ -59,18 +59,23 @@ def train_groups(
             before = torch.get_num_threads()
             torch.set_num_threads(config.threads)
             try:
-                return {g: train_group(config, g, data, bar.update, _file(folder, g)) for g in order}
+                return {g: _train(config, g, data, bar.update, folder) for g in order}
             finally:
                 torch.set_num_threads(before)
         return _in_processes(config, order, data, folder, jobs, bar.update)
 
 
-def _file(folder: Path | None, group: Group) -> RunFile | None:
-    if folder is None:
-        return None
+def run_file(folder: Path, group: Group) -> RunFile:
+    """Where a group keeps its state."""
     s = group.setting
     seeds = "-".join(str(seed) for seed in group.seeds)
     return RunFile(folder, f"lr-{s.learning_rate:g}-batch-{s.batch_size}-seed-{seeds}")
+
+
+def _train(
+    config: DemoConfig, group: Group, data: Dataset, report: Callable[[int], Any], folder: Path | None
+) -> list[Run]:
+    return train_group(config, group, data, report, None if folder is None else run_file(folder, group))
 
 
 def _in_processes(
@@ -149,4 +154,4 @@ def _work(config: DemoConfig, group: Group, data: Dataset, folder: Path | None) 
             raise Cancelled
         _ticks.put(steps)
 
-    return train_group(config, group, data, report, _file(folder, group))
+    return _train(config, group, data, report, folder)

@@ -38,11 +38,14 @@ class RunFile:
             with contextlib.suppress(FileNotFoundError):
                 part.unlink()
 
-    def load(self) -> dict[str, Any] | None:
-        """What was saved last; ``None`` where nothing was, or where the disk lost what it had been given."""
-        for part in self.path.parent.glob(self._part):  # of a process that was killed while it wrote
+    def clean(self) -> None:
+        """Remove what writers that were killed left behind; for the one writer to call."""
+        for part in self.path.parent.glob(self._part):
             with contextlib.suppress(FileNotFoundError):
                 part.unlink()
+
+    def load(self) -> dict[str, Any] | None:
+        """What was saved last; ``None`` where nothing was, or where the disk lost what it had been given."""
         if not self.path.is_file():
             return None
         try:

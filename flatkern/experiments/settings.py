@@ -99,6 +99,11 @@ class DemoConfig:
         return tuple(Group(setting, tuple(range(self.seeds))) for setting in self.settings)
 
     @property
+    def sections(self) -> tuple[str, ...]:
+        """What the report shows."""
+        return ("rate", "batch", "bounds", "scatter", "correlations")
+
+    @property
     def scale(self) -> str:
         """What every figure says of how far the iterations were cut down; empty where they were not."""
         return ""

@@ -52,9 +52,7 @@ class AutogradTrainer:
 
     def step(self, x: Tensor, targets: Tensor, learning_rate: float) -> None:
         """One step of each network."""
-        for model, parameters, inputs, wanted in zip(
-            self._models, self._parameters, x, targets, strict=True
-        ):
+        for model, parameters, inputs, wanted in zip(self._models, self._parameters, x, targets, strict=True):
             gradients = torch.autograd.grad(self._loss(model(inputs), wanted), parameters)
             with torch.no_grad():
                 torch._foreach_add_(parameters, gradients, alpha=-learning_rate)

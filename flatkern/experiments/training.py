@@ -92,9 +92,11 @@ def train_group(
         save_every: seconds between two saves.
     """
     training = _Training(config, group, data)
-    if file is not None and (held := file.load()) is not None:
-        training.load(held)
-        report(training.step * len(group.seeds))
+    if file is not None:
+        file.clean()
+        if (held := file.load()) is not None:
+            training.load(held)
+            report(training.step * len(group.seeds))
     saved = time.perf_counter()
     try:
         while not training.done:
@@ -200,6 +202,7 @@ class _Training:
             "weights": [self.networks.state(k) for k in range(len(self.group.seeds))],
             "stream": self.stream.state(),
             "seconds": list(self._seconds()),
+            "done": self.done,
         }
 
     def load(self, state: dict[str, Any]) -> None:

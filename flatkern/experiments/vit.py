@@ -52,7 +52,9 @@ class SmallViT(nn.Module):
         if side is None:
             raise UserError(f"a vit takes images whose sides 7 or 4 divides; these have {height}×{wide}")
         if width < _HEAD or width % _HEAD or depth < 1:
-            raise UserError(f"vit-{width}-{depth}: the width must be a multiple of {_HEAD}, the depth at least 1")
+            raise UserError(
+                f"vit-{width}-{depth}: the width must be a multiple of {_HEAD}, the depth at least 1"
+            )
         patch = (height // side, wide // side)
         self.patches = nn.Conv2d(channels, width, patch, stride=patch)
         self.positions = nn.Parameter(0.02 * torch.randn(1, side * side, width))
