@@ -220,7 +220,8 @@ def judge_transformers(config: DemoConfig, found: Transformers) -> Claim:
     statement = "Across transformers, normalized MLS rises with adaptive sharpness"
     c = Correlation("adaptive_sharpness", "normalized_mls", len(found.rows), found.pearson, found.spearman)
     claim = replace(_link(c), statement=statement)
-    claim = replace(claim, detail=f"{len(found.rows)} models, logarithms of both: {claim.detail}")
+    left_out = f" ({found.diverged} more diverged)" if found.diverged else ""
+    claim = replace(claim, detail=f"{len(found.rows)} models{left_out}, logarithms of both: {claim.detail}")
     early = sum(not float(row.get("train_loss", 0.0)) < config.last_phase for row in found.rows)
     if early:
         why = f"{early} of {len(found.rows)} models did not reach the last phase"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,6 +36,8 @@ class Transformers:
     pretrained: bool
     """Whether the models were read from files."""
     samples: int
+    diverged: int = 0
+    """Trained models that are left out, as their loss grew without bound."""
 
 
 class _Adaptive:
@@ -63,10 +65,11 @@ def measure_trained(
 ) -> Transformers:
     """Trained networks by name, at the end of training, on the first training images; of ``nn.MSELoss``."""
     part = data.train.first(config.num_probe)
-    rows = []
+    rows, diverged = [], 0
     for network, trained in runs.items():
         for run in trained:
             if run.diverged:
+                diverged += 1
                 continue
             model = network_from(network, data.shape, config.hidden, run.weights)
             row: Row = {
@@ -78,7 +81,7 @@ def measure_trained(
                 "test_accuracy": run.final("test_accuracy"),
             }
             rows.append(row | _dot(model, nn.MSELoss(), (part.x, part.targets), seed))
-    return _assemble(rows, pretrained=False, samples=len(part))
+    return replace(_assemble(rows, pretrained=False, samples=len(part)), diverged=diverged)
 
 
 def measure_pretrained(

@@ -102,8 +102,9 @@ def sweep_panel(ax: Axes, result: Result, sweep: Sequence[Setting], key: str) ->
         if len(below):
             ax.plot(steps[below[0]], middle[below[0]], "o", color=SERIES[i], markersize=4.5)
     iteration_axis(ax)
-    if quantity.log_axis:
-        log_values(ax)
+    low, high = ax.dataLim.intervaly
+    if quantity.log_axis and 0 < low < high < math.inf:
+        log_values(ax, decades=math.log10(high / low))
     else:
         ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     ax.set_title(quantity.title)
