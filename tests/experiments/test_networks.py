@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from flatkern.experiments.data import Samples
 from flatkern.experiments.errors import UserError
 from flatkern.experiments.measure import misclassified, relative_flatness
-from flatkern.experiments.data import Samples
 from flatkern.experiments.networks import build_network, network_from
 from flatkern.experiments.sgd import BatchStream, Ensemble
 from flatkern.experiments.trainers import AutogradTrainer
@@ -84,7 +84,10 @@ def test_autograd_steps_equal_torchs_sgd_and_keep_the_global_generator() -> None
     model = trainer.member(0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for seed in range(3):
-        x, y = torch.rand(1, 4, 1, 8, 8, generator=torch.Generator().manual_seed(seed)), torch.eye(10)[None, :4]
+        x, y = (
+            torch.rand(1, 4, 1, 8, 8, generator=torch.Generator().manual_seed(seed)),
+            torch.eye(10)[None, :4],
+        )
         trainer.step(x, y, 0.1)
         optimizer.zero_grad()
         nn.MSELoss()(model(x[0]), y[0]).backward()
