@@ -30,7 +30,7 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
     "fig2": ("batch",),
     "test-samples": ("elsewhere",),
     "bounds": ("bounds",),
-    "correlations": ("scatter", "correlations"),
+    "correlations": ("scatter", "correlations", "pairs"),
     "transformers": ("transformers",),
 }
 EXPERIMENTS = (*_SECTIONS, "all")

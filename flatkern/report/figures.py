@@ -48,7 +48,7 @@ def save_figures(folder: Path, result: Result) -> list[str]:
             figures[f"six-panels-{where}-batch-size"] = _six(seen, config.batch_sweep)
     if "scatter" in sections:
         figures["flatness-and-volume"] = _scatters(result)
-    if "correlations" in sections:
+    if "pairs" in sections:
         figures["pairs"] = _pairs(result)
     if "bounds" in sections:
         figures["bounds"] = _bounds(result)
@@ -97,7 +97,7 @@ def inline_panels(result: Result) -> dict[str, list[str]]:
                 inline_svg(_stamped(_single(draw, *size)(), config), f"{group}{i}", title)
                 for i, (title, draw) in enumerate(panels)
             ]
-        if "correlations" in sections:
+        if "pairs" in sections:
             page["pairs"] = [
                 inline_svg(_stamped(_pairs(result)(), config), "pairs0", "every pair of quantities")
             ]

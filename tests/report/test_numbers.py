@@ -90,6 +90,7 @@ def test_final_rows_equal_geometry_and_bounds(demo: Result, rows: list[dict[str,
     assert float(row["nmls"]) == pytest.approx(g.nmls.value, rel=1e-6)
     assert float(row["normalized_mls"]) == pytest.approx(g.normalized_mls.value, rel=1e-6)
     sides = fk.bounds(model, saved["probe"], geometry=g)["MLS"].sides
+    sides = sides | {"√S": 0.5 * math.log(g.sharpness.value)}
     for key, label in MLS_CHAIN:
         assert float(row[key]) == pytest.approx(sides[label] / math.log(10), abs=1e-6)
     assert float(row["log10_mls_a"]) == pytest.approx(math.log10(float(row["mls"])), abs=1e-9)
@@ -143,7 +144,7 @@ def test_bound_and_scatter_panels_show_the_measurements(demo: Result) -> None:
     for (key, _), line in zip(MLS_CHAIN, ax.lines, strict=True):
         expected = np.mean([r.column(key)[1:] for r in runs], axis=0)
         np.testing.assert_allclose(np.log10(line.get_ydata()), expected, atol=1e-9)
-    assert [t.get_text() for t in ax.texts] == ["A", "B", "C", "D"]
+    assert [t.get_text() for t in ax.texts] == ["A", "B", "C", "D", "√S"]
     ax = Figure().add_subplot()
     scatter_panel(ax, demo, "mls")
     assert sorted(v for line in ax.lines for v in line.get_ydata()) == pytest.approx(

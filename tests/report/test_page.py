@@ -103,7 +103,8 @@ def test_all_files_are_there(output: Path) -> None:
         "hessian-spectrum",
     )
     expected = {f"{name}.{end}" for name in figures for end in ("png", "svg")}
-    expected |= {"report.html", "measurements.csv", "correlations.csv", "results.json", "final_weights.pt"}
+    expected |= {"report.html", "measurements.csv", "correlations.csv", "inequalities.csv", "results.json"}
+    expected |= {"final_weights.pt"}
     assert {p.name for p in output.iterdir()} == expected
     assert (output / "bounds.png").read_bytes().startswith(b"\x89PNG")
 
