@@ -19,9 +19,15 @@ from flatkern.experiments.transformers import Transformers
 from flatkern.rows import Row
 
 __all__ = [
+    "DIMENSION",
     "HELD",
     "NOT_HELD",
+    "SENSITIVITY",
+    "SENSITIVITY_BOUND",
+    "TRANSFORMERS",
     "UNDECIDED",
+    "VOLUME",
+    "VOLUME_BOUND",
     "Claim",
     "InequalityCheck",
     "check_inequalities",
@@ -30,6 +36,15 @@ __all__ = [
 ]
 
 HELD, NOT_HELD, UNDECIDED = "held", "did not hold", "undecided"
+VOLUME, SENSITIVITY, DIMENSION = "volume", "sensitivity", "dimension"
+VOLUME_BOUND, SENSITIVITY_BOUND, TRANSFORMERS = "volume bound", "sensitivity bound", "transformers"
+_TOPICS = {
+    "log_volume_top3": VOLUME,
+    "log_volume": VOLUME,
+    "mls": SENSITIVITY,
+    "nmls": SENSITIVITY,
+    "local_dimensionality": DIMENSION,
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +54,8 @@ class Claim:
     statement: str
     verdict: str
     detail: str
+    topic: str = ""
+    """Which claim of the paper's abstract it belongs to; empty for none."""
 
 
 @dataclass(frozen=True)
@@ -107,22 +124,24 @@ def judge(
     for words, sweep in sweeps:
         if set(sweep) <= set(config.settings):
             for key in ("sqrt_sharpness", "log_volume_top3", "mls", "nmls"):
-                trends.append(_ordering(key, words, sweep, trained))
+                trends.append(_about(key, _ordering(key, words, sweep, trained)))
     trends += [
-        _link(c)
+        _about(c.second, _link(c))
         for c in correlations
         if c.first == "sqrt_sharpness" and c.second in ("log_volume_top3", "mls", "nmls")
     ]
     trends += [
-        _no_link(c) for c in correlations if (c.first, c.second) == ("sqrt_sharpness", "local_dimensionality")
+        _about(c.second, _no_link(c))
+        for c in correlations
+        if (c.first, c.second) == ("sqrt_sharpness", "local_dimensionality")
     ]
     for where, links in (elsewhere or {}).items():
         for c in links:
             claim = _no_link(c) if c.second == "local_dimensionality" else _link(c)
-            trends.append(replace(claim, statement=f"On {where} samples: {_lowered(claim.statement)}"))
-    trends.append(_in_time(config, trained, "log_volume_top3"))
-    trends.append(_in_time(config, trained, "mls"))
-    trends += [_over_checkpoints(config, t) for t in in_time]
+            claim = replace(claim, statement=f"On {where} samples: {_lowered(claim.statement)}")
+            trends.append(_about(c.second, claim))
+    trends += [_about(key, _in_time(config, trained, key)) for key in ("log_volume_top3", "mls")]
+    trends += [_about(t.key, _over_checkpoints(config, t)) for t in in_time]
     early = sum(not run.final("train_loss") < config.last_phase for run in runs)
     if early:
         why = f"{early} of {len(runs)} runs did not reach the last phase (train loss below {config.last_phase:g})"
@@ -130,6 +149,10 @@ def judge(
     claims += trends
     claims += [_bound(check) for check in check_inequalities(runs)]
     return claims
+
+
+def _about(key: str, claim: Claim) -> Claim:
+    return replace(claim, topic=_TOPICS.get(key, ""))
 
 
 def _interpolation(config: DemoConfig, runs: Sequence[Run]) -> Claim:
@@ -170,8 +193,10 @@ def _ordering(key: str, words: str, sweep: Iterable[Setting], runs: Sequence[Run
 
 def _numbers(c: Correlation) -> str:
     r, rho = c.pearson, c.spearman
+    corrected = "" if math.isnan(r.p_holm) else f", p of r = {r.p_holm:.2g} (Holm)"
     return (
         f"r = {r.value:.2f} ({r.low:.2f} to {r.high:.2f}), ρ = {rho.value:.2f} ({rho.low:.2f} to {rho.high:.2f})"
+        + corrected
     ).replace("-", "−")
 
 
@@ -219,7 +244,7 @@ def judge_transformers(config: DemoConfig, found: Transformers) -> Claim:
     """Whether the models that are sharper for their parameters' size are also more sensitive for their inputs'."""
     statement = "Across transformers, normalized MLS rises with adaptive sharpness"
     c = Correlation("adaptive_sharpness", "normalized_mls", len(found.rows), found.pearson, found.spearman)
-    claim = replace(_link(c), statement=statement)
+    claim = replace(_link(c), statement=statement, topic=TRANSFORMERS)
     left_out = f" ({found.diverged} more diverged)" if found.diverged else ""
     claim = replace(claim, detail=f"{len(found.rows)} models{left_out}, logarithms of both: {claim.detail}")
     early = sum(not float(row.get("train_loss", 0.0)) < config.last_phase for row in found.rows)
@@ -256,6 +281,7 @@ def _over_checkpoints(config: DemoConfig, t: Trajectory) -> Claim:
 
 def _bound(check: InequalityCheck) -> Claim:
     low, median, high = check.looseness
+    topic = VOLUME_BOUND if check.name == "lvr" else SENSITIVITY_BOUND
     titles = {
         "mls": "MLS is bounded by flatness: A ≤ B ≤ C ≤ D",
         "nmls": "NMLS is bounded by flatness",
@@ -267,10 +293,11 @@ def _bound(check: InequalityCheck) -> Claim:
     if check.samples != "training":
         statement = f"On {check.samples} samples: {statement}"
     if not check.checked:
-        return Claim(statement, UNDECIDED, f"not applicable at {check.not_applicable} points")
+        return Claim(statement, UNDECIDED, f"not applicable at {check.not_applicable} points", topic)
     return Claim(
         statement,
         HELD if not check.violated else NOT_HELD,
         f"{check.checked - check.violated} of {check.checked} measurement points; outer sides {low:.2g} to {high:.2g} "
         f"decades apart (median {median:.2g})",
+        topic,
     )

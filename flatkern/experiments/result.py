@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from flatkern.experiments.abstract import summarize
 from flatkern.experiments.claims import Claim, InequalityCheck, check_inequalities, judge, judge_transformers
 from flatkern.experiments.correlation import Correlation, correlation_star, correlation_table
 from flatkern.experiments.data import Dataset
@@ -134,6 +135,7 @@ def write_data(folder: Path, result: Result, data: Dataset) -> None:
             "started": result.started,
             "wall_seconds": result.wall_seconds,
             "cpu_seconds": result.cpu_seconds,
+            "abstract": [dataclasses.asdict(c) for c in summarize(result.claims)],
             "claims": [dataclasses.asdict(c) for c in result.claims],
             "inequalities": [dataclasses.asdict(c) for c in result.inequalities],
             "correlations": flat,

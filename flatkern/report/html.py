@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
+from flatkern.experiments.abstract import summarize
 from flatkern.experiments.claims import HELD, NOT_HELD
 from flatkern.experiments.networks import takes_vectors
 from flatkern.experiments.quantities import CORRELATED, PANELS, QUANTITIES, final_value
@@ -83,6 +84,7 @@ def render(result: Result) -> str:
         ],
         facts=_facts(result),
         expected_false_alarms=0.05 * len(result.correlations),
+        abstract=summarize(result.claims),
         HELD=HELD,
         NOT_HELD=NOT_HELD,
     )

@@ -15,7 +15,8 @@ import pytest
 
 from flatkern.cli import main
 from flatkern.experiments import reproduce as module
-from flatkern.experiments.claims import HELD, UNDECIDED, check_inequalities, judge
+from flatkern.experiments.abstract import summarize
+from flatkern.experiments.claims import HELD, UNDECIDED, VOLUME, Claim, check_inequalities, judge
 from flatkern.experiments.correlation import correlation_star, pearson
 from flatkern.experiments.errors import UserError
 from flatkern.experiments.ranks import Ranks, await_files
@@ -203,6 +204,29 @@ def test_claims_follow_the_trajectories(result: Result) -> None:
     for where in ("test", "misclassified"):
         assert sum(s.startswith(f"On {where} samples: across runs") for s in statements) == 4
     assert statements[-1].startswith("Across transformers")
+
+
+def test_the_abstracts_claims_hold_only_if_all_of_their_statements_do() -> None:
+    def verdict(*verdicts: str) -> str:
+        claims = [Claim(f"statement {i}", v, f"number {i}", VOLUME) for i, v in enumerate(verdicts)]
+        (found,) = summarize([*claims, Claim("another", "did not hold", "", "")])
+        assert found.detail.startswith(f"of {len(verdicts)} statements")
+        assert f"statement {verdicts.index(found.verdict)}: number" in found.detail
+        return found.verdict
+
+    assert verdict(HELD, HELD) == HELD
+    assert verdict(HELD, UNDECIDED, HELD) == UNDECIDED
+    assert verdict(HELD, UNDECIDED, "did not hold") == "did not hold"
+
+
+def test_the_report_answers_every_claim_of_the_abstract(result: Result) -> None:
+    page = (result.config.output / "report.html").read_text(encoding="utf-8")
+    found = summarize(result.claims)
+    assert len(found) == 6
+    for claim in found:
+        assert claim.statement in page
+    bounds = {c.topic: c.verdict for c in found}
+    assert bounds["volume bound"] == bounds["sensitivity bound"] == HELD
 
 
 def test_links_elsewhere_hold_sharpness_of_the_training_samples(result: Result) -> None:
