@@ -69,7 +69,7 @@ def run_file(folder: Path, group: Group) -> RunFile:
     """Where a group keeps its state."""
     s = group.setting
     seeds = "-".join(str(seed) for seed in group.seeds)
-    return RunFile(folder, f"lr-{s.learning_rate:g}-batch-{s.batch_size}-seed-{seeds}")
+    return RunFile(folder, f"lr-{s.learning_rate!r}-batch-{s.batch_size}-seed-{seeds}")
 
 
 def _train(

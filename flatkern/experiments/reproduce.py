@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flatkern.experiments.data import Dataset, load
 from flatkern.experiments.errors import UserError
 from flatkern.experiments.networks import build_network, takes_vectors
@@ -154,6 +156,9 @@ def run_reproduce(
     for job in jobs:
         _check(job, data)
     _make(config.output, [job.runs_folder for job in jobs])
+    if not ranks.rank:
+        with staged(config.output):  # a place that cannot take the report is told of before the work
+            pass
     for job in jobs:
         _train(job, data, ranks, progress=progress and ranks.rank == 0, say=say)
     if ranks.rank:
@@ -189,7 +194,8 @@ def _jobs(config: ReproduceConfig) -> list[ReproduceConfig]:
 
 
 def _check(config: ReproduceConfig, data: Dataset) -> None:
-    build_network(config.network, data.shape, config.hidden)
+    with torch.device("meta"):  # draws no random number
+        build_network(config.network, data.shape, config.hidden)
     if (largest := max(s.batch_size for s in config.settings)) > len(data.train):
         raise UserError(f"batch size {largest} for {len(data.train)} training images")
 

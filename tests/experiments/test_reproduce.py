@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from flatkern.cli import main
 from flatkern.experiments import reproduce as module
@@ -264,7 +265,9 @@ def test_finished_runs_are_reused_and_other_settings_keep_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny("fig1", tmp_path / "out")
+    state = torch.get_rng_state()
     first = run_reproduce(config, progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
     assert first is not None
     files = {p: p.stat().st_mtime_ns for p in config.runs_folder.iterdir()}
     assert len(files) == 3
