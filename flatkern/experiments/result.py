@@ -14,8 +14,9 @@ import torch
 from flatkern.experiments.abstract import summarize
 from flatkern.experiments.claims import Claim, InequalityCheck, check_inequalities, judge, judge_transformers
 from flatkern.experiments.correlation import Correlation, correlation_star, correlation_table
-from flatkern.experiments.data import Dataset
+from flatkern.experiments.data import CLASSES, Dataset
 from flatkern.experiments.environment import describe
+from flatkern.experiments.networks import takes_vectors
 from flatkern.experiments.quantities import CORRELATED, final_value
 from flatkern.experiments.settings import DemoConfig
 from flatkern.experiments.spectrum import Spectrum
@@ -91,7 +92,7 @@ def analyse(
         source=data.source,
         num_train=len(data.train),
         num_test=len(data.test),
-        sizes=config.sizes(data.pixels),
+        sizes=config.sizes(data.pixels) if takes_vectors(config.network) else (data.pixels, CLASSES),
         runs=runs,
         correlations=correlations,
         elsewhere=elsewhere,

@@ -136,7 +136,7 @@ def _facts(result: Result) -> list[tuple[str, str]]:
         ("time", f"{result.wall_seconds:.0f} s wall, {result.cpu_seconds:.0f} s CPU (before the figures)"),
     ]
     if not result.runs:
-        facts = [(name, text) for name, text in facts if name not in ("network", "settings")]
+        facts = [(name, text) for name, text in facts if name not in ("network", "settings", "measured on")]
     return facts + [(str(k).replace("_", " "), str(v)) for k, v in env.items()]
 
 

@@ -337,6 +337,7 @@ def test_other_networks_run(network: str, tmp_path: Path) -> None:
     result = run_reproduce(tiny("bounds", tmp_path / "out", network=network, steps=4), progress=False)
     assert result is not None
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert result.sizes == ((64, 10) if network == "vgg10" else (64, 12, 11, 10))
     for check in result.inequalities:
         if network == "vgg10":
             assert check.not_applicable == len(result.config.schedule)
