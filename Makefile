@@ -14,11 +14,11 @@ SOURCES     := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o
 # a failed build of the compiled side is an error here, never a silent fall-back
 export FLATKERN_BUILD := required
 
-.PHONY: setup demo test test-all lint format bench peers docs docs-setup cuda-check clean help
+.PHONY: setup demo test test-all test-sanitize lint format bench peers docs docs-setup cuda-check clean help
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^#   //p' Makefile; echo "also: setup test-all lint format bench peers docs-setup cuda-check clean"
+	@sed -n 's/^#   //p' Makefile; echo "also: setup test-all test-sanitize lint format bench peers docs-setup cuda-check clean"
 
 $(VENV)/.deps: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "flatkern needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'
@@ -64,6 +64,12 @@ test: setup
 
 test-all: setup
 	$(PYTEST)
+
+# the C++ tests of every instruction set under AddressSanitizer and UndefinedBehaviorSanitizer; needs CMake alone
+test-sanitize:
+	cmake -S . -B build/sanitize -DFLATKERN_SANITIZE=ON -DFLATKERN_NVCC=FLATKERN_NVCC-NOTFOUND
+	cmake --build build/sanitize --parallel 2
+	ctest --test-dir build/sanitize --output-on-failure
 
 lint: setup
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ time, so that a busy neighbour costs repetitions rather than truth. Memory traff
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -59,7 +60,7 @@ def spd(n: int, c: int, dtype: torch.dtype) -> Tensor:
 def logdet_rows(n: int, repeat: int) -> list[Row]:
     out = []
     for dtype in (torch.float32, torch.float64):
-        for c in (4, 8, 10, 16, 32):
+        for c in (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 48, 64):
             G = spd(n, c, dtype)
             ours, theirs = cpu_seconds(
                 [lambda G=G: kernels.spd_logdet(G), lambda G=G: torch.linalg.slogdet(G)], repeat
@@ -70,9 +71,10 @@ def logdet_rows(n: int, repeat: int) -> list[Row]:
 
 def stats_rows(n: int, repeat: int) -> list[Row]:
     out = []
-    for c, d in ((4, 64), (8, 64), (10, 32), (10, 64), (10, 128), (10, 256), (10, 512), (16, 64), (32, 64)):
+    sizes = ((2, 64), (4, 64), (5, 64), (6, 64), (8, 64), (10, 32), (10, 64), (10, 128), (10, 512))
+    for c, d in (*sizes, (16, 64), (16, 512), (32, 64), (32, 512)):
         for dtype in (torch.float32, torch.float64):
-            x = torch.randn(n, c, d, dtype=dtype)
+            x = torch.randn(n if c * d < 5_000 else n // 5, c, d, dtype=dtype)
             functions: list[Callable[[], object]] = [
                 lambda x=x: kernels.gram_stats(x),
                 lambda x=x: torch.linalg.slogdet(x @ x.mT),
@@ -83,21 +85,21 @@ def stats_rows(n: int, repeat: int) -> list[Row]:
                 against.append("y = x.double(); slogdet(y @ y.mT)")
             ours, *others = cpu_seconds(functions, repeat)
             for seconds, what in zip(others, against, strict=True):
-                out.append(Row("gram_stats", name_of(dtype), n, c, d, ours, seconds, what))
+                out.append(Row("gram_stats", name_of(dtype), len(x), c, d, ours, seconds, what))
     return out
 
 
 def backward_rows(n: int, repeat: int) -> list[Row]:
     out = []
-    for dtype in (torch.float32, torch.float64):
-        G = spd(n, 10, dtype).requires_grad_()
-        x = torch.randn(n, 10, 64, dtype=dtype, requires_grad=True)
+    for dtype, c in itertools.product((torch.float32, torch.float64), (2, 4, 8, 10, 16, 32)):
+        G = spd(n, c, dtype).requires_grad_()
+        x = torch.randn(n, c, 64, dtype=dtype, requires_grad=True)
 
         def through(f: Callable[[Tensor], Tensor], t: Tensor) -> Callable[[], object]:
             return lambda: torch.autograd.grad(f(t).sum(), t)
 
         pairs = [
-            ("spd_logdet + grad", G, 10, kernels.spd_logdet, lambda G: torch.linalg.slogdet(G).logabsdet),
+            ("spd_logdet + grad", G, c, kernels.spd_logdet, lambda G: torch.linalg.slogdet(G).logabsdet),
             (
                 "gram_stats + grad",
                 x,
@@ -108,7 +110,33 @@ def backward_rows(n: int, repeat: int) -> list[Row]:
         ]
         for name, t, d, mine, theirs in pairs:
             ours, others = cpu_seconds([through(mine, t), through(theirs, t)], repeat)
-            out.append(Row(name, name_of(dtype), n, 10, d, ours, others, "slogdet and its backward"))
+            out.append(Row(name, name_of(dtype), n, c, d, ours, others, "slogdet and its backward"))
+    return out
+
+
+def spectrum_rows(n: int, repeat: int) -> list[Row]:
+    out = []
+    for c, d in ((2, 64), (4, 64), (8, 64), (10, 64), (10, 784), (16, 64), (32, 64), (64, 128)):
+        for dtype in (torch.float32, torch.float64):
+            x = torch.randn(n if c * d < 1_000 else n // 20, c, d, dtype=dtype)
+
+            def eigenvalues(x: Tensor = x) -> Tensor:
+                wide = x.double()
+                return torch.linalg.eigvalsh(wide @ wide.mT)
+
+            ours, *others = cpu_seconds(
+                [
+                    lambda x=x: kernels.gram_singular_values(x),
+                    eigenvalues,
+                    lambda x=x: torch.linalg.svdvals(x),
+                ],
+                repeat,
+            )
+            for seconds, what in zip(
+                others, ("y = x.double(); eigvalsh(y @ y.mT)", "svdvals(x)"), strict=True
+            ):
+                row = Row("gram_singular_values", name_of(dtype), len(x), c, d, ours, seconds, what)
+                out.append(row)
     return out
 
 
@@ -116,7 +144,7 @@ def main() -> None:
     """Compare everything in one run and write benchmarks/results/kernels.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("-n", type=int, default=10_000, help="samples")
-    parser.add_argument("--repeat", type=int, default=9)
+    parser.add_argument("--repeat", type=int, default=7)
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -124,12 +152,12 @@ def main() -> None:
         *logdet_rows(options.n, options.repeat),
         *stats_rows(options.n, options.repeat),
         *backward_rows(options.n, options.repeat),
+        *spectrum_rows(options.n, options.repeat),
     ]
     for r in rows:
         print(f"{r.kernel:20} {r.dtype:8} c={r.c:<3} d={r.d:<4} {r.ratio:5.1f}x  against {r.against}")
     settings = {
         "threads": 1,
-        "samples": options.n,
         "data": "normal random rows; G = x xᵀ of [c, 2c] rows",
         "timing": f"one warm-up each, calls interleaved, medians of {options.repeat}; CPU milliseconds",
     }
@@ -137,6 +165,7 @@ def main() -> None:
         {
             "kernel": r.kernel,
             "dtype": r.dtype,
+            "n": r.n,
             "c": r.c,
             "d": r.d,
             "flatkern_ms": 1e3 * r.ours,

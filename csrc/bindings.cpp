@@ -94,12 +94,35 @@ py::object gram_stats(const py::array& x, int threads) {
     using T = decltype(zero);
     const Matrices<T> m = matrices<T>(x, false);
     py::array_t<double> logdet(batch_shape(x)), trace(batch_shape(x)), frobenius_sq(batch_shape(x));
+    py::array_t<double> pivot_ratio(batch_shape(x));
     py::array_t<bool> rank_deficient(batch_shape(x));
-    const flatkern::GramStatsOut to = {logdet.mutable_data(), trace.mutable_data(),
-                                       frobenius_sq.mutable_data(), rank_deficient.mutable_data()};
+    py::array_t<std::int64_t> bad_pivots(batch_shape(x));
+    const flatkern::GramStatsOut to = {logdet.mutable_data(),
+                                       trace.mutable_data(),
+                                       frobenius_sq.mutable_data(),
+                                       rank_deficient.mutable_data(),
+                                       pivot_ratio.mutable_data(),
+                                       bad_pivots.mutable_data(),
+                                       nullptr,
+                                       nullptr};
     spread(m.batch.count(), flatkern::cpu::grain_gram(m.rows, m.cols), threads,
            [&](std::int64_t begin, std::int64_t end) { kernels().of(zero).gram_stats(m, begin, end, to); });
-    return py::make_tuple(logdet, trace, frobenius_sq, rank_deficient);
+    return py::make_tuple(logdet, trace, frobenius_sq, rank_deficient, pivot_ratio, bad_pivots);
+  });
+}
+
+py::object gram_singular_values(const py::array& x, int threads) {
+  return dispatch(x, [&](auto zero) -> py::object {
+    using T = decltype(zero);
+    const Matrices<T> m = matrices<T>(x, false);
+    if (m.rows > flatkern::cpu::kMaxSpectrum) throw py::value_error("too many rows for the compiled kernel");
+    py::array_t<double> out(batch_shape(x, {m.rows}));
+    double* to = out.mutable_data();
+    spread(m.batch.count(), flatkern::cpu::grain_spectrum(m.rows, m.cols), threads,
+           [&](std::int64_t begin, std::int64_t end) {
+             kernels().of(zero).gram_spectrum(m, flatkern::cpu::kGramFloor, begin, end, to, nullptr);
+           });
+    return out;
   });
 }
 
@@ -171,6 +194,7 @@ py::dict build_info() {
   info["isa_available"] = available;
   info["vector_bytes"] = kernels().vector_bytes;
   info["max_size"] = flatkern::cpu::kMaxSize;
+  info["max_spectrum"] = flatkern::cpu::kMaxSpectrum;
   info["compiler"] = "g++ compatible " __VERSION__;
   info["flags"] = FLATKERN_BUILD_FLAGS;
 #ifdef FLATKERN_CUDA
@@ -198,6 +222,7 @@ PYBIND11_MODULE(_native, m) {
         py::arg("threads") = 1);
   m.def("lanczos_step", &lanczos_step, py::arg("image"), py::arg("current"), py::arg("previous"),
         py::arg("beta"), py::arg("threads") = 1);
+  m.def("gram_singular_values", &gram_singular_values, py::arg("x"), py::arg("threads") = 1);
   m.def("build_info", &build_info);
   bind_jets(m);
 }

@@ -8,6 +8,7 @@
 
 #include <functional>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -70,6 +71,34 @@ void check_sizes(const Tensor& x, std::int64_t limit, bool square) {
   STD_TORCH_CHECK(!square || rows == cols, "flatkern: the matrices must be square");
 }
 
+struct StatsTensors {
+  Tensor logdet, trace, frobenius_sq, rank_deficient, pivot_ratio, bad_pivots;
+
+  explicit StatsTensors(const Tensor& x)
+      : logdet(empty(x, batch_sizes(x), ScalarType::Double)),
+        trace(empty(x, batch_sizes(x), ScalarType::Double)),
+        frobenius_sq(empty(x, batch_sizes(x), ScalarType::Double)),
+        rank_deficient(empty(x, batch_sizes(x), ScalarType::Bool)),
+        pivot_ratio(empty(x, batch_sizes(x), ScalarType::Double)),
+        bad_pivots(empty(x, batch_sizes(x), ScalarType::Long)) {}
+
+  flatkern::GramStatsOut pointers() const {
+    const auto real = [](const Tensor& t) { return static_cast<double*>(t.mutable_data_ptr()); };
+    return {real(logdet),
+            real(trace),
+            real(frobenius_sq),
+            static_cast<bool*>(rank_deficient.mutable_data_ptr()),
+            real(pivot_ratio),
+            static_cast<std::int64_t*>(bad_pivots.mutable_data_ptr()),
+            nullptr,
+            nullptr};
+  }
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tuple() const {
+    return {logdet, trace, frobenius_sq, rank_deficient, pivot_ratio, bad_pivots};
+  }
+};
+
 namespace cpu {
 
 using flatkern::cpu::kernels;
@@ -88,17 +117,20 @@ Tensor spd_logdet(Tensor g) {
   return out;
 }
 
-Tensor spd_inverse(Tensor g) {
+// `weight`: contiguous, of g's dtype, one a sample.
+Tensor spd_pullback(Tensor g, Tensor weight) {
   check_sizes(g, flatkern::cpu::kMaxSize, true);
-  const std::int64_t c = g.size(g.dim() - 1);
+  const std::int64_t c = g.size(-1);
   Tensor out = empty(g, batch_sizes(g, {c, c}), g.scalar_type());
   dispatch(g, [&](auto zero) {
     using T = decltype(zero);
     const Matrices<T> m = matrices<T>(g);
+    const T* weights = static_cast<const T*>(weight.const_data_ptr());
     T* to = static_cast<T*>(out.mutable_data_ptr());
-    torch::stable::parallel_for(
-        0, m.batch.count(), flatkern::cpu::grain_spd(2 * m.rows),
-        [&](std::int64_t begin, std::int64_t end) { kernels().of(zero).spd_inverse(m, begin, end, to); });
+    torch::stable::parallel_for(0, m.batch.count(), flatkern::cpu::grain_spd(2 * m.rows),
+                                [&](std::int64_t begin, std::int64_t end) {
+                                  kernels().of(zero).spd_pullback(m, weights, begin, end, to);
+                                });
   });
   return out;
 }
@@ -118,38 +150,92 @@ Tensor gram(Tensor x) {
   return out;
 }
 
-struct StatsTensors {
-  Tensor logdet, trace, frobenius_sq, rank_deficient;
+template <typename F>
+void over_samples(const Tensor& x, std::int64_t grain, F&& f) {
+  dispatch(x, [&](auto zero) {
+    const auto m = matrices<decltype(zero)>(x);
+    torch::stable::parallel_for(0, m.batch.count(), grain, [&](std::int64_t begin, std::int64_t end) {
+      f(kernels().of(zero), m, begin, end);
+    });
+  });
+}
 
-  explicit StatsTensors(const Tensor& x)
-      : logdet(empty(x, batch_sizes(x), ScalarType::Double)),
-        trace(empty(x, batch_sizes(x), ScalarType::Double)),
-        frobenius_sq(empty(x, batch_sizes(x), ScalarType::Double)),
-        rank_deficient(empty(x, batch_sizes(x), ScalarType::Bool)) {}
-
-  flatkern::GramStatsOut pointers() const {
-    return {static_cast<double*>(logdet.mutable_data_ptr()), static_cast<double*>(trace.mutable_data_ptr()),
-            static_cast<double*>(frobenius_sq.mutable_data_ptr()),
-            static_cast<bool*>(rank_deficient.mutable_data_ptr())};
-  }
-
-  std::tuple<Tensor, Tensor, Tensor, Tensor> tuple() const {
-    return {logdet, trace, frobenius_sq, rank_deficient};
-  }
-};
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> gram_stats(Tensor x) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gram_stats(Tensor x) {
   check_sizes(x, flatkern::cpu::kMaxSize, false);
   const StatsTensors out(x);
-  dispatch(x, [&](auto zero) {
-    using T = decltype(zero);
-    const Matrices<T> m = matrices<T>(x);
-    const flatkern::GramStatsOut to = out.pointers();
-    torch::stable::parallel_for(
-        0, m.batch.count(), flatkern::cpu::grain_gram(m.rows, m.cols),
-        [&](std::int64_t begin, std::int64_t end) { kernels().of(zero).gram_stats(m, begin, end, to); });
-  });
+  over_samples(x, flatkern::cpu::grain_gram(x.size(-2), x.size(-1)),
+               [to = out.pointers()](const auto& table, const auto& m, std::int64_t begin, std::int64_t end) {
+                 table.gram_stats(m, begin, end, to);
+               });
   return out.tuple();
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gram_stats_factors(Tensor x) {
+  check_sizes(x, flatkern::cpu::kMaxSize, false);
+  const StatsTensors out(x);
+  const std::int64_t c = x.size(-2);
+  Tensor gram = empty(x, batch_sizes(x, {c, c}), ScalarType::Double);
+  Tensor inverse = empty(x, batch_sizes(x, {c, c}), ScalarType::Double);
+  flatkern::GramStatsOut to = out.pointers();
+  to.gram = static_cast<double*>(gram.mutable_data_ptr());
+  to.inverse = static_cast<double*>(inverse.mutable_data_ptr());
+  over_samples(x, flatkern::cpu::grain_gram(2 * c, x.size(-1)),
+               [to](const auto& table, const auto& m, std::int64_t begin, std::int64_t end) {
+                 table.gram_stats(m, begin, end, to);
+               });
+  return std::tuple_cat(out.tuple(), std::make_tuple(gram, inverse));
+}
+
+// All but x are contiguous and float64.
+Tensor gram_pullback(Tensor x, Tensor gram, Tensor inverse, Tensor logdet, Tensor trace,
+                     Tensor frobenius_sq) {
+  check_sizes(x, flatkern::cpu::kMaxSize, false);
+  Tensor out = empty(x, batch_sizes(x, {x.size(-2), x.size(-1)}), x.scalar_type());
+  const auto read = [](const Tensor& t) { return static_cast<const double*>(t.const_data_ptr()); };
+  const flatkern::GramCotangents g{read(logdet), read(trace), read(frobenius_sq), read(gram), read(inverse)};
+  void* to = out.mutable_data_ptr();
+  over_samples(x, flatkern::cpu::grain_gram(2 * x.size(-2), x.size(-1)),
+               [&](const auto& table, const auto& m, std::int64_t begin, std::int64_t end) {
+                 using T = std::remove_const_t<std::remove_pointer_t<decltype(m.data)>>;
+                 table.gram_pullback(m, g, begin, end, static_cast<T*>(to));
+               });
+  return out;
+}
+
+void fill_spectrum(const Tensor& x, double floor, double* values, double* vectors) {
+  check_sizes(x, flatkern::cpu::kMaxSpectrum, false);
+  over_samples(x, flatkern::cpu::grain_spectrum(x.size(-2), x.size(-1)),
+               [&](const auto& table, const auto& m, std::int64_t begin, std::int64_t end) {
+                 table.gram_spectrum(m, floor, begin, end, values, vectors);
+               });
+}
+
+Tensor gram_singular_values(Tensor x, bool precise) {
+  Tensor values = empty(x, batch_sizes(x, {x.size(-2)}), ScalarType::Double);
+  fill_spectrum(x, precise ? flatkern::cpu::kGramFloor : 0, static_cast<double*>(values.mutable_data_ptr()),
+                nullptr);
+  return values;
+}
+
+std::tuple<Tensor, Tensor> gram_singular_vectors(Tensor x) {
+  const std::int64_t c = x.size(-2);
+  Tensor values = empty(x, batch_sizes(x, {c}), ScalarType::Double);
+  Tensor vectors = empty(x, batch_sizes(x, {c, c}), ScalarType::Double);
+  fill_spectrum(x, flatkern::cpu::kGramFloor, static_cast<double*>(values.mutable_data_ptr()),
+                static_cast<double*>(vectors.mutable_data_ptr()));
+  return {values, vectors};
+}
+
+// `wanted`: contiguous bool, one a sample.
+Tensor lq_factor(Tensor x, Tensor wanted) {
+  const std::int64_t c = x.size(-2);
+  Tensor out = empty(x, batch_sizes(x, {c, c}), ScalarType::Double);
+  const bool* mask = static_cast<const bool*>(wanted.const_data_ptr());
+  double* to = static_cast<double*>(out.mutable_data_ptr());
+  over_samples(x, 1, [&](const auto& table, const auto& m, std::int64_t begin, std::int64_t end) {
+    table.lq(m, mask, begin, end, to);
+  });
+  return out;
 }
 
 // -- random rows and the step of Lanczos ----------------------------------------------------------------
@@ -266,15 +352,32 @@ Tensor gram(Tensor x) {
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> gram_stats(Tensor x) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gram_stats(Tensor x) {
   check_sizes(x, flatkern::cuda::kMaxSize, false);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const cpu::StatsTensors out(x);
+  const StatsTensors out(x);
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
     check(flatkern::cuda::gram_stats<T>(matrices<T>(x), out.pointers(), current_stream(x)));
   });
   return out.tuple();
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gram_stats_factors(Tensor x) {
+  check_sizes(x, flatkern::cuda::kMaxSize, false);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const StatsTensors out(x);
+  const std::int64_t c = x.size(-2);
+  Tensor gram = empty(x, batch_sizes(x, {c, c}), ScalarType::Double);
+  Tensor inverse = empty(x, batch_sizes(x, {c, c}), ScalarType::Double);
+  flatkern::GramStatsOut to = out.pointers();
+  to.gram = static_cast<double*>(gram.mutable_data_ptr());
+  to.inverse = static_cast<double*>(inverse.mutable_data_ptr());
+  dispatch(x, [&](auto zero) {
+    using T = decltype(zero);
+    check(flatkern::cuda::gram_stats<T>(matrices<T>(x), to, current_stream(x)));
+  });
+  return std::tuple_cat(out.tuple(), std::make_tuple(gram, inverse));
 }
 
 Tensor rademacher(Tensor like, std::int64_t seed, std::int64_t first, std::int64_t rows, std::int64_t size) {
@@ -344,9 +447,16 @@ std::tuple<Tensor, Tensor> lanczos_step(Tensor image, Tensor current, Tensor pre
 
 STABLE_TORCH_LIBRARY(flatkern, m) {
   m.def("spd_logdet(Tensor g) -> Tensor");
-  m.def("spd_inverse(Tensor g) -> Tensor");
+  m.def("spd_pullback(Tensor g, Tensor weight) -> Tensor");
   m.def("gram(Tensor x) -> Tensor");
-  m.def("gram_stats(Tensor x) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("gram_stats(Tensor x) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("gram_stats_factors(Tensor x) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "gram_pullback(Tensor x, Tensor gram, Tensor inverse, Tensor logdet, Tensor trace, Tensor frobenius_sq)"
+      " -> Tensor");
+  m.def("gram_singular_values(Tensor x, bool precise) -> Tensor");
+  m.def("gram_singular_vectors(Tensor x) -> (Tensor, Tensor)");
+  m.def("lq_factor(Tensor x, Tensor wanted) -> Tensor");
   m.def("rademacher(Tensor like, int seed, int first, int rows, int size) -> Tensor");
   m.def("normal(Tensor like, int seed, int first, int rows, int size) -> Tensor");
   m.def("rademacher_dot(Tensor x, int seed, int first) -> Tensor");
@@ -357,9 +467,14 @@ STABLE_TORCH_LIBRARY(flatkern, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(flatkern, CPU, m) {
   m.impl("spd_logdet", TORCH_BOX(&cpu::spd_logdet));
-  m.impl("spd_inverse", TORCH_BOX(&cpu::spd_inverse));
+  m.impl("spd_pullback", TORCH_BOX(&cpu::spd_pullback));
   m.impl("gram", TORCH_BOX(&cpu::gram));
   m.impl("gram_stats", TORCH_BOX(&cpu::gram_stats));
+  m.impl("gram_stats_factors", TORCH_BOX(&cpu::gram_stats_factors));
+  m.impl("gram_pullback", TORCH_BOX(&cpu::gram_pullback));
+  m.impl("gram_singular_values", TORCH_BOX(&cpu::gram_singular_values));
+  m.impl("gram_singular_vectors", TORCH_BOX(&cpu::gram_singular_vectors));
+  m.impl("lq_factor", TORCH_BOX(&cpu::lq_factor));
   m.impl("rademacher", TORCH_BOX(&cpu::rademacher));
   m.impl("normal", TORCH_BOX(&cpu::normal));
   m.impl("rademacher_dot", TORCH_BOX(&cpu::rademacher_dot));
@@ -371,6 +486,7 @@ STABLE_TORCH_LIBRARY_IMPL(flatkern, CUDA, m) {
   m.impl("spd_logdet", TORCH_BOX(&cuda::spd_logdet));
   m.impl("gram", TORCH_BOX(&cuda::gram));
   m.impl("gram_stats", TORCH_BOX(&cuda::gram_stats));
+  m.impl("gram_stats_factors", TORCH_BOX(&cuda::gram_stats_factors));
   m.impl("rademacher", TORCH_BOX(&cuda::rademacher));
   m.impl("normal", TORCH_BOX(&cuda::normal));
   m.impl("rademacher_dot", TORCH_BOX(&cuda::rademacher_dot));

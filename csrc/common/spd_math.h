@@ -45,6 +45,22 @@ FLATKERN_HD constexpr double gram_tolerance(std::int64_t c, std::int64_t d) {
   return sums > input ? sums : input;
 }
 
+// At a pivot below this part of its diagonal entry a Gram matrix in double has lost too many digits, and the
+// rows themselves are factored. Entries of single precision are uncertain enough for two digits less.
+template <typename T>
+FLATKERN_HD constexpr double lost_digits() {
+  return sizeof(T) == 4 ? 1e-10 : 1e-8;
+}
+
+// The square of l_kk of the rows' own factorization x = L Q is no good at this part of the diagonal entry. A
+// row that depends on those before comes out as the rounding of the rows, enlarged by the condition of those
+// before: 1024 sqrt(c) eps leaves room for that. Rows of single precision as above.
+template <typename T>
+FLATKERN_HD constexpr double lq_tolerance(std::int64_t c) {
+  const double eps = static_cast<double>(Limits<T>::eps), factor = sizeof(T) == 4 ? 1 : 1048576;
+  return static_cast<double>(c) * factor * eps * eps;
+}
+
 // Also false for a NaN pivot. Below the normal range 1 / pivot overflows, so such a pivot counts as zero.
 template <typename T>
 FLATKERN_HD bool good_pivot(T pivot, T diagonal, T tolerance) {

@@ -1,12 +1,8 @@
-// Gram matrices in double precision and their statistics, sample after sample.
+// Gram matrices in double precision, sample after sample.
 #pragma once
 
 #include "batch_spd.h"
 #include "gram_tile.h"
-
-#if FLATKERN_VECTOR_BYTES > 16
-#include <immintrin.h>
-#endif
 
 namespace flatkern::cpu::FLATKERN_ISA {
 
@@ -32,6 +28,21 @@ FLATKERN_INLINE V<double> load_wide(const float* x) {
 #else
   return V<double>{x[0], x[1]};
 #endif
+}
+
+// The reverse, rounded to the element type.
+FLATKERN_INLINE void store_narrow(float* to, V<double> x) {
+#if FLATKERN_VECTOR_BYTES == 64
+  _mm256_storeu_ps(to, _mm512_cvtpd_ps(x));
+#elif FLATKERN_VECTOR_BYTES == 32
+  _mm_storeu_ps(to, _mm256_cvtpd_ps(x));
+#else
+  to[0] = static_cast<float>(x[0]), to[1] = static_cast<float>(x[1]);
+#endif
+}
+
+FLATKERN_INLINE void store_narrow(double* to, V<double> x) {
+  store<double>(to, x);
 }
 
 // n elements of single precision as double; `ahead` as in Rows.
@@ -92,6 +103,13 @@ FLATKERN_INLINE void gram_sample(const T* x, const T* next, const Matrices<T>& m
   } while (d0 < m.cols);
 }
 
+// The upper triangle of a c x c matrix from its lower one.
+FLATKERN_INLINE void mirror(double* g, std::int64_t c) {
+  for (std::int64_t i = 0; i < c; ++i) {
+    for (std::int64_t j = 0; j < i; ++j) g[j * c + i] = g[i * c + j];
+  }
+}
+
 template <typename T>
 void gram(const Matrices<T>& x, std::int64_t begin, std::int64_t end, double* out) {
   const std::int64_t c = x.rows, block = block_of(c, x.cols);
@@ -101,56 +119,7 @@ void gram(const Matrices<T>& x, std::int64_t begin, std::int64_t end, double* ou
     double* g = out + n * c * c;
     gram_sample<T>(x.sample(n), x.sample(n + 1 < end ? n + 1 : n), x, block, room.get(), tail, g,
                    static_cast<int>(c));
-    for (std::int64_t i = 0; i < c; ++i) {
-      for (std::int64_t j = 0; j < i; ++j) g[j * c + i] = g[i * c + j];
-    }
-  }
-}
-
-template <typename T>
-void gram_stats(const Matrices<T>& x, std::int64_t begin, std::int64_t end, const GramStatsOut& out) {
-  constexpr int width = Simd<double>::width;
-  const int c = static_cast<int>(x.rows);
-  const std::int64_t block = block_of(c, x.cols), square = static_cast<std::int64_t>(c) * c;
-  const Workspace<double> room(width * square + c * block + c * width);
-  double* grams = room.get();
-  double* pack = grams + width * square;
-  double* tail = pack + c * block;
-  const Workspace<V<double>> vectors(ldl_vectors(c));
-  V<double>* a = vectors.get();
-  V<double>* inverse = a + packed(c, 0);
-  const double tolerance = gram_tolerance<T>(c, x.cols);
-  for (std::int64_t first = begin; first < end; first += width) {
-    const int lanes = end - first < width ? static_cast<int>(end - first) : width;
-    const double* sample[width];
-    for (int s = 0; s < width; ++s) {
-      sample[s] = grams + (s < lanes ? s : lanes - 1) * square;
-      const std::int64_t n = first + s;
-      if (s < lanes) {
-        gram_sample<T>(x.sample(n), x.sample(n + 1 < end ? n + 1 : n), x, block, pack, tail,
-                       grams + s * square, c);
-      }
-    }
-    const V<double> bad = load_lower<double>(sample, c, c, 1, a);
-    V<double> trace = {}, diagonal_sq = {}, off_sq = {};
-    for (int i = 0; i < c; ++i) {
-      const V<double>* row = a + packed(i, 0);
-      for (int j = 0; j < i; ++j) off_sq += row[j] * row[j];
-      trace += row[i];
-      diagonal_sq += row[i] * row[i];
-    }
-    Pivots<double> pivots(tolerance);
-    if (c > x.cols) {
-      pivots.good = pivots.good ^ pivots.good;
-    } else {
-      ldl<double>(a, c, c <= 8 ? nullptr : inverse, inverse + c, pivots);
-    }
-    const V<double> logdet = logdet_of(pivots, bad);
-    store_lanes<double>(out.logdet + first, logdet, lanes);
-    store_lanes<double>(out.trace + first, trace, lanes);
-    store_lanes<double>(out.frobenius_sq + first, diagonal_sq + off_sq * 2.0, lanes);
-    const auto deficient = logdet == -__builtin_inf();
-    for (int s = 0; s < lanes; ++s) out.rank_deficient[first + s] = deficient[s] != 0;
+    mirror(g, c);
   }
 }
 

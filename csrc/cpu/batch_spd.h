@@ -5,6 +5,7 @@
 
 #include "kernels.h"
 #include "ldl.h"
+#include "spd_inverse.h"
 
 namespace flatkern::cpu::FLATKERN_ISA {
 
@@ -118,7 +119,7 @@ FLATKERN_INLINE int take_samples(const Matrices<T>& m, std::int64_t first, std::
 template <typename T>
 FLATKERN_INLINE void prefetch_next(const Matrices<T>& m, std::int64_t first, std::int64_t end) {
   constexpr int width = Simd<T>::width;
-  constexpr std::int64_t line = 64, most = 128;
+  constexpr std::int64_t line = 64, most = 256;
   const std::int64_t step = m.batch.dims == 1 ? m.batch.stride[0] * static_cast<std::int64_t>(sizeof(T)) : 0;
   if (first + 2 * width > end || step <= 0) return;
   const char* next = reinterpret_cast<const char*>(m.data) + (first + width) * step;
@@ -144,47 +145,34 @@ void spd_logdet(const Matrices<T>& g, std::int64_t begin, std::int64_t end, T* o
   }
 }
 
-// Zeros where a matrix is not numerically positive definite, or not finite.
+// weight[n] times the inverse: the derivative of the log-determinants. Where a matrix is not numerically
+// positive definite, or not finite, there is none: zeros where the weight is zero, else NaN.
 template <typename T>
-void spd_inverse(const Matrices<T>& g, std::int64_t begin, std::int64_t end, T* out) {
+void spd_pullback(const Matrices<T>& g, const T* weight, std::int64_t begin, std::int64_t end, T* out) {
   const int c = static_cast<int>(g.rows);
-  const Workspace<V<T>> room(ldl_vectors(c) + packed(c, 0));
+  const Workspace<V<T>> room(ldl_vectors(c) + inverse_vectors(c));
   V<T>* a = room.get();
   V<T>* inverse = a + packed(c, 0);
-  V<T>* m = a + ldl_vectors(c);  // the inverse of the unit triangle L, packed
+  V<T>* m = a + ldl_vectors(c);
   const T tolerance = spd_tolerance<T>(c);
   for (std::int64_t first = begin; first < end; first += Simd<T>::width) {
     const T* sample[Simd<T>::width];
+    T* to[Simd<T>::width];
+    T weights[Simd<T>::width];
     const int lanes = take_samples(g, first, end, sample);
+    for (int s = 0; s < Simd<T>::width; ++s) {
+      const std::int64_t n = first + (s < lanes ? s : lanes - 1);
+      to[s] = out + n * c * c;
+      weights[s] = weight[n];
+    }
+    prefetch_next(g, first, end);
     const V<T> bad = load_lower<T>(sample, c, g.row_stride, g.col_stride, a);
     Pivots<T> pivots(tolerance);
     ldl<T>(a, c, inverse, inverse + c, pivots);
-    for (int i = 0; i < c; ++i) {
-      V<T>* row = a + packed(i, 0);
-      for (int k = 0; k < i; ++k) row[k] *= inverse[k];
-    }
-    for (int i = 0; i < c; ++i) {
-      m[packed(i, i)] = broadcast(T(1));
-      for (int j = 0; j < i; ++j) {
-        V<T> sum = {};
-        for (int k = j; k < i; ++k) sum -= a[packed(i, k)] * m[packed(k, j)];
-        m[packed(i, j)] = sum;
-      }
-    }
     const auto usable = pivots.good & (bad == T(0));
-    for (int i = 0; i < c; ++i) {
-      for (int j = 0; j <= i; ++j) {
-        V<T> sum = {};
-        for (int k = i; k < c; ++k) sum += m[packed(k, i)] * inverse[k] * m[packed(k, j)];
-        T values[Simd<T>::width];
-        store<T>(values, usable ? sum : V<T>{});
-        for (int s = 0; s < lanes; ++s) {
-          T* o = out + (first + s) * c * c;
-          o[i * c + j] = values[s];
-          o[j * c + i] = values[s];
-        }
-      }
-    }
+    const V<T> w = load<T>(weights);
+    const V<T> scale = usable ? w : (w == T(0) ? V<T>{} : broadcast(T(__builtin_nan(""))));
+    store_inverse<T>(a, c, inverse, usable, scale, m, to, lanes);
   }
 }
 

@@ -89,4 +89,9 @@ std::int64_t grain_rows(std::int64_t cols, std::int64_t tangents) {
   return grain(50 + 0.5 * static_cast<double>(cols) * static_cast<double>(2 + 2 * tangents));
 }
 
+std::int64_t grain_spectrum(std::int64_t c, std::int64_t d) {
+  const double n = static_cast<double>(c);
+  return grain(20 + 10 * n * n + 0.5 * n * n * n + 0.05 * n * n * static_cast<double>(d));
+}
+
 }  // namespace flatkern::cpu

@@ -12,13 +12,18 @@ namespace flatkern::cpu {
 // Cholesky.
 constexpr std::int64_t kMaxSize = 128;
 
+// The same for spectra: the eigenvalues of larger matrices are LAPACK's.
+constexpr std::int64_t kMaxSpectrum = 64;
+
 // Every kernel works on samples [begin, end) of the batch on the calling thread; outputs are contiguous over
 // the batch and indexed by the absolute sample number, so that ranges can go to different threads.
 template <typename T>
 using SpdLogdet = void (*)(const Matrices<T>& g, std::int64_t begin, std::int64_t end, T* out);
 
+// weight[n] times the inverse of matrix n, [n, c, c].
 template <typename T>
-using SpdInverse = void (*)(const Matrices<T>& g, std::int64_t begin, std::int64_t end, T* out);
+using SpdPullback = void (*)(const Matrices<T>& g, const T* weight, std::int64_t begin, std::int64_t end,
+                             T* out);
 
 template <typename T>
 using Gram = void (*)(const Matrices<T>& x, std::int64_t begin, std::int64_t end, double* out);
@@ -27,12 +32,33 @@ template <typename T>
 using GramStats = void (*)(const Matrices<T>& x, std::int64_t begin, std::int64_t end,
                            const GramStatsOut& out);
 
+// The derivative of the statistics along the cotangents, [n, c, d].
+template <typename T>
+using GramPullback = void (*)(const Matrices<T>& x, const GramCotangents& g, std::int64_t begin,
+                              std::int64_t end, T* out);
+
+// Singular values, descending, [n, c], and left singular vectors as rows, [n, c, c] (null: not wanted).
+// Samples with eigenvalues of the Gram matrix below `floor` times the largest are decomposed directly.
+template <typename T>
+using GramSpectrum = void (*)(const Matrices<T>& x, double floor, std::int64_t begin, std::int64_t end,
+                              double* values, double* vectors);
+
+constexpr double kGramFloor = 1e-10;  // six digits of the smallest singular value are gone
+
+// L of x = L Q for the samples marked, [n, c, c], zeros for the others; any c.
+template <typename T>
+using Lq = void (*)(const Matrices<T>& x, const bool* wanted, std::int64_t begin, std::int64_t end,
+                    double* out);
+
 template <typename T>
 struct TypedKernels {
   SpdLogdet<T> spd_logdet;
-  SpdInverse<T> spd_inverse;
+  SpdPullback<T> spd_pullback;
   Gram<T> gram;
   GramStats<T> gram_stats;
+  GramPullback<T> gram_pullback;
+  GramSpectrum<T> gram_spectrum;
+  Lq<T> lq;
 };
 
 // Ranges [begin, end) of one row of random numbers, and ranges of n elements; see probes.h.
@@ -85,5 +111,6 @@ const Kernels* kernels_for(const char* isa);
 // Samples one thread should get at least: below about 100 us of work a thread costs more than it brings.
 std::int64_t grain_spd(std::int64_t c);
 std::int64_t grain_gram(std::int64_t c, std::int64_t d);
+std::int64_t grain_spectrum(std::int64_t c, std::int64_t d);
 
 }  // namespace flatkern::cpu

@@ -7,6 +7,10 @@
 
 #include "../common/spd_math.h"
 
+#if FLATKERN_VECTOR_BYTES > 16
+#include <immintrin.h>
+#endif
+
 #ifndef FLATKERN_ISA
 #error "include this file through isa_*.cpp"
 #endif
@@ -23,6 +27,7 @@ struct Simd<float> {
   typedef float V __attribute__((vector_size(FLATKERN_VECTOR_BYTES)));
   typedef std::int32_t I __attribute__((vector_size(FLATKERN_VECTOR_BYTES)));
   typedef float Q __attribute__((vector_size(16), aligned(4)));
+  typedef float P __attribute__((vector_size(16)));
   static constexpr int width = FLATKERN_VECTOR_BYTES / 4;
   static constexpr int tile = 4;
   static constexpr int mantissa_bits = 23, bias = 127;
@@ -36,6 +41,7 @@ struct Simd<double> {
   static constexpr int width = FLATKERN_VECTOR_BYTES / 8;
   static constexpr int tile = width < 4 ? width : 4;
   typedef double Q __attribute__((vector_size(8 * (FLATKERN_VECTOR_BYTES < 32 ? 2 : 4)), aligned(8)));
+  typedef double P __attribute__((vector_size(8 * (FLATKERN_VECTOR_BYTES < 32 ? 2 : 4))));
   static constexpr int mantissa_bits = 52, bias = 1023;
   static constexpr std::int64_t mantissa_mask = 0x000fffffffffffffLL;
 };
@@ -108,16 +114,15 @@ FLATKERN_INLINE A shuffle4(A a, A b) {
   }
 }
 
-// out[k] lane s = element offset + k of sample s: `tile` elements of `width` samples, transposed in
-// registers.
+// Transposes each run of `tile` lanes across `tile` vectors; its own inverse.
 template <typename T>
-FLATKERN_INLINE void load_tile(const T* const* sample, std::int64_t offset, V<T>* out) {
-  const V<T> r0 = load_pieces<T>(sample, 0, offset), r1 = load_pieces<T>(sample, 1, offset);
+FLATKERN_INLINE void transpose(const V<T>* in, V<T>* out) {
+  const V<T> r0 = in[0], r1 = in[1];
   if constexpr (Simd<T>::tile == 2) {
     out[0] = __builtin_shufflevector(r0, r1, 0, 2);
     out[1] = __builtin_shufflevector(r0, r1, 1, 3);
   } else {
-    const V<T> r2 = load_pieces<T>(sample, 2, offset), r3 = load_pieces<T>(sample, 3, offset);
+    const V<T> r2 = in[2], r3 = in[3];
     // unpack pairs, then join halves: the cheapest pair of shuffles for both 4- and 8-byte elements
     if constexpr (sizeof(T) == 4) {
       const V<T> a = shuffle4<0, 4, 1, 5>(r0, r1), b = shuffle4<2, 6, 3, 7>(r0, r1);
@@ -135,6 +140,93 @@ FLATKERN_INLINE void load_tile(const T* const* sample, std::int64_t offset, V<T>
       out[3] = shuffle4<2, 3, 6, 7>(b, d);
     }
   }
+}
+
+// out[k] lane s = element offset + k of sample s: `tile` elements of `width` samples, transposed in
+// registers.
+template <typename T>
+FLATKERN_INLINE void load_tile(const T* const* sample, std::int64_t offset, V<T>* out) {
+  constexpr int tile = Simd<T>::tile;
+  V<T> rows[tile];
+#pragma GCC unroll 4
+  for (int k = 0; k < tile; ++k) rows[k] = load_pieces<T>(sample, k, offset);
+  transpose<T>(rows, out);
+}
+
+// The `tile` lanes from p tile on.
+template <typename T, int p>
+FLATKERN_INLINE typename Simd<T>::P piece(V<T> v) {
+  constexpr int tile = Simd<T>::tile, at = p * tile;
+  if constexpr (tile == Simd<T>::width) {
+    return v;
+  } else if constexpr (tile == 2) {
+    return __builtin_shufflevector(v, v, at, at + 1);
+  } else {
+    return __builtin_shufflevector(v, v, at, at + 1, at + 2, at + 3);
+  }
+}
+
+// The reverse: element offset + k of sample s = in[k] lane s, for the first `lanes` samples.
+template <typename T>
+FLATKERN_INLINE void store_tile(T* const* sample, std::int64_t offset, const V<T>* in, int lanes) {
+  constexpr int tile = Simd<T>::tile, pieces = Simd<T>::width / tile;
+  V<T> rows[tile];
+  transpose<T>(in, rows);
+  auto put = [&](int s, typename Simd<T>::P value) __attribute__((always_inline)) {
+    if (s < lanes) __builtin_memcpy(sample[s] + offset, &value, sizeof value);
+  };
+#pragma GCC unroll 4
+  for (int k = 0; k < tile; ++k) {
+    put(k, piece<T, 0>(rows[k]));
+    if constexpr (pieces > 1) put(k + tile, piece<T, 1>(rows[k]));
+    if constexpr (pieces > 2) {
+      put(k + 2 * tile, piece<T, 2>(rows[k]));
+      put(k + 3 * tile, piece<T, 3>(rows[k]));
+    }
+  }
+}
+
+// Element `offset` of each sample = its lane of v.
+template <typename T>
+FLATKERN_INLINE void store_element(T* const* sample, std::int64_t offset, V<T> v, int lanes) {
+  T values[Simd<T>::width];
+  store<T>(values, v);
+  for (int s = 0; s < lanes; ++s) sample[s][offset] = values[s];
+}
+
+FLATKERN_INLINE V<double> square_root(V<double> x) {
+#if FLATKERN_VECTOR_BYTES == 64
+  return _mm512_sqrt_pd(x);
+#elif FLATKERN_VECTOR_BYTES == 32
+  return _mm256_sqrt_pd(x);
+#else
+  return V<double>{__builtin_sqrt(x[0]), __builtin_sqrt(x[1])};
+#endif
+}
+
+FLATKERN_INLINE V<float> square_root(V<float> x) {
+#if FLATKERN_VECTOR_BYTES == 64
+  return _mm512_sqrt_ps(x);
+#elif FLATKERN_VECTOR_BYTES == 32
+  return _mm256_sqrt_ps(x);
+#else
+  return V<float>{__builtin_sqrtf(x[0]), __builtin_sqrtf(x[1]), __builtin_sqrtf(x[2]), __builtin_sqrtf(x[3])};
+#endif
+}
+
+template <typename T>
+FLATKERN_INLINE V<T> absolute(V<T> x) {
+  return x < T(0) ? -x : x;
+}
+
+// Whether any lane of a mask is set.
+template <typename I>
+FLATKERN_INLINE bool any(I mask) {
+  typedef std::int64_t L __attribute__((vector_size(FLATKERN_VECTOR_BYTES)));
+  const L words = reinterpret_cast<L>(mask);
+  std::int64_t sum = 0;
+  for (int k = 0; k < FLATKERN_VECTOR_BYTES / 8; ++k) sum |= words[k];
+  return sum != 0;
 }
 
 // Sum of the logarithms of positive normal numbers, lane by lane: exponents add up exactly as integers and

@@ -1,7 +1,8 @@
 // The table of kernels of one instruction set; each isa_*.cpp instantiates it once.
 #pragma once
 
-#include "batch_gram.h"
+#include "gram_spectrum.h"
+#include "gram_stats.h"
 #include "norm_jets.h"
 #include "softmax_jets.h"
 
@@ -17,8 +18,10 @@ extern const Kernels table;
 const Kernels table = {
     FLATKERN_ISA_NAME,
     FLATKERN_VECTOR_BYTES,
-    {spd_logdet<float>, spd_inverse<float>, gram<float>, gram_stats<float>},
-    {spd_logdet<double>, spd_inverse<double>, gram<double>, gram_stats<double>},
+    {spd_logdet<float>, spd_pullback<float>, gram<float>, gram_stats<float>, gram_pullback<float>,
+     gram_spectrum<float>, lq<float>},
+    {spd_logdet<double>, spd_pullback<double>, gram<double>, gram_stats<double>, gram_pullback<double>,
+     gram_spectrum<double>, lq<double>},
     jet_kernels<float>,
     jet_kernels<double>,
     jet_kernels<Bf16>,

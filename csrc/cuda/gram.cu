@@ -1,6 +1,7 @@
 // Gram matrices in double and their statistics: up to 32 rows a warp a sample, up to 128 a block a sample.
 #include <cuda_runtime.h>
 
+#include "gram_factor.cuh"
 #include "kernels.h"
 #include "ldl.cuh"
 
@@ -10,22 +11,26 @@ namespace {
 constexpr int kWarps = 4;
 constexpr int kDepth = 8;  // columns of x staged at a time
 
-// What happens to a finished Gram matrix: written out, or turned into its statistics.
+// What happens to a finished Gram matrix: written out, turned into its statistics, or both.
 struct Output {
-  double* gram;  // set: write the matrix; null: the statistics
+  double* gram;  // null: not wanted
+  bool wants_stats;
   GramStatsOut stats;
   double tolerance;
-  bool deficient;  // c > d
+  int missing;  // c - d where that is positive
 };
 
 __device__ __forceinline__ void write_stats(const Output& out, std::int64_t i, double logdet, double trace,
-                                            double frobenius_sq) {
+                                            double frobenius_sq, const PivotReport& report) {
   const double infinity = static_cast<double>(__int_as_float(0x7f800000));
-  if (out.deficient && logdet == logdet) logdet = -infinity;
+  const bool finite = logdet == logdet;
+  if (out.missing > 0 && finite) logdet = -infinity;
   out.stats.logdet[i] = logdet;
   out.stats.trace[i] = trace;
   out.stats.frobenius_sq[i] = frobenius_sq;
   out.stats.rank_deficient[i] = logdet == -infinity;
+  out.stats.pivot_ratio[i] = finite ? report.ratio : logdet;
+  out.stats.bad_pivots[i] = !finite ? 0 : report.bad > out.missing ? report.bad : out.missing;
 }
 
 // Eight by four lanes hold C / 8 by C / 4 sums each; the next columns travel while the present ones are used.
@@ -96,7 +101,7 @@ __global__ void __launch_bounds__(32 * kWarps) gram_warp(Matrices<T> x, std::int
       }
     }
     __syncwarp();
-    if (!out.gram) {
+    if (out.wants_stats) {
       trace = sum_over_warp(trace);
       frobenius_sq = sum_over_warp(frobenius_sq);
       finite = __all_sync(kAllLanes, finite);
@@ -104,8 +109,9 @@ __global__ void __launch_bounds__(32 * kWarps) gram_warp(Matrices<T> x, std::int
       const int row = lane % C;
 #pragma unroll
       for (int j = 0; j < C; ++j) a[j] = row < c && j <= row ? mine[row * (C + 1) + j] : 0.0;
-      const double logdet = ldl_lanes<double, C>(a, c, out.tolerance, finite);
-      if (lane == 0) write_stats(out, i, logdet, trace, frobenius_sq);
+      PivotReport report;
+      const double logdet = ldl_lanes<double, C>(a, c, out.tolerance, finite, &report);
+      if (lane == 0) write_stats(out, i, logdet, trace, frobenius_sq, report);
     }
     __syncwarp();
   }
@@ -164,7 +170,7 @@ __global__ void __launch_bounds__(256) gram_block(Matrices<T> x, std::int64_t n,
         }
       }
     }
-    if (!out.gram) {
+    if (out.wants_stats) {
       trace = sum_over_warp(trace);
       frobenius_sq = sum_over_warp(frobenius_sq);
       if (threadIdx.x % 32 == 0) {
@@ -172,11 +178,12 @@ __global__ void __launch_bounds__(256) gram_block(Matrices<T> x, std::int64_t n,
         sums[1][threadIdx.x / 32] = frobenius_sq;
       }
       finite = __syncthreads_and(finite);
-      const double logdet = ldl_block(triangle, scratch, c, out.tolerance, finite);
+      PivotReport report;
+      const double logdet = ldl_block(triangle, scratch, c, out.tolerance, finite, &report);
       if (threadIdx.x == 0) {
         trace = 0, frobenius_sq = 0;
         for (int w = 0; w < 8; ++w) trace += sums[0][w], frobenius_sq += sums[1][w];
-        write_stats(out, i, logdet, trace, frobenius_sq);
+        write_stats(out, i, logdet, trace, frobenius_sq, report);
       }
     }
     __syncthreads();
@@ -224,7 +231,10 @@ int gram(const Matrices<T>& x, double* out, void* stream) {
 
 template <typename T>
 int gram_stats(const Matrices<T>& x, const GramStatsOut& out, void* stream) {
-  return launch(x, Output{nullptr, out, gram_tolerance<T>(x.rows, x.cols), x.rows > x.cols}, stream);
+  const std::int64_t missing = x.rows > x.cols ? x.rows - x.cols : 0;
+  const double tolerance = gram_tolerance<T>(x.rows, x.cols);
+  const int error = launch(x, Output{out.gram, true, out, tolerance, static_cast<int>(missing)}, stream);
+  return error ? error : factor_again(x, out, stream);
 }
 
 template int gram<float>(const Matrices<float>&, double*, void*);

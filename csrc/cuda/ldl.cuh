@@ -16,6 +16,20 @@ __device__ __forceinline__ T sum_over_warp(T x) {
   return x;
 }
 
+// What the pivots say besides the log-determinant: the least of them over its diagonal entry, how many were
+// no good.
+struct PivotReport {
+  double ratio = 1;
+  int bad = 0;
+
+  template <typename T>
+  __device__ __forceinline__ void take(T pivot, T diagonal, bool ok) {
+    const double part = diagonal > T(0) ? static_cast<double>(pivot / diagonal) : 0.0;
+    ratio = part < ratio ? part : ratio;
+    bad += !ok;
+  }
+};
+
 // log det, or what stands for it: NaN for input that is not finite, -inf below the numerical rank.
 template <typename T>
 __device__ __forceinline__ T conclude(T log_sum, bool good, bool finite) {
@@ -26,7 +40,8 @@ __device__ __forceinline__ T conclude(T log_sum, bool good, bool finite) {
 // Lane i of each group of C lanes holds row i of its own matrix in a[0 .. i]; lanes c and up hold zeros.
 // Every lane of the warp takes part. Returns the log-determinant to all lanes of the group.
 template <typename T, int C>
-__device__ __forceinline__ T ldl_lanes(T (&a)[C], int c, T tolerance, bool finite) {
+__device__ __forceinline__ T ldl_lanes(T (&a)[C], int c, T tolerance, bool finite,
+                                       PivotReport* report = nullptr) {
   const int lane = threadIdx.x % C;
   T diagonal = T(0), pivot = T(1);
   bool good = true;
@@ -44,6 +59,7 @@ __device__ __forceinline__ T ldl_lanes(T (&a)[C], int c, T tolerance, bool finit
       const T u = a[k];
       good = good && ok;
       if (lane == k && ok) pivot = d;
+      if (report) report->take(d, g, ok);
 #pragma unroll
       for (int j = k + 1; j < C; ++j) {
         const T l = __shfl_sync(kAllLanes, u, j, C) * inverse;
@@ -60,7 +76,8 @@ __device__ __forceinline__ T ldl_lanes(T (&a)[C], int c, T tolerance, bool finit
 // The same for one matrix by a whole block: `a` is the packed lower triangle in shared memory, `scratch` room
 // for c + 32 values there. The result is valid in thread 0.
 template <typename T>
-__device__ __forceinline__ T ldl_block(T* a, T* scratch, int c, T tolerance, bool finite) {
+__device__ __forceinline__ T ldl_block(T* a, T* scratch, int c, T tolerance, bool finite,
+                                       PivotReport* report = nullptr) {
   T* diagonal = scratch;
   T* partial = scratch + c;
   const int tx = threadIdx.x % 16, ty = threadIdx.x / 16, rows = blockDim.x / 16;
@@ -69,7 +86,9 @@ __device__ __forceinline__ T ldl_block(T* a, T* scratch, int c, T tolerance, boo
   for (int k = 0; k < c; ++k) {
     // column k is final: its own updates ended with the step before
     const T d = a[packed(k, k)];
-    const T inverse = good_pivot(d, diagonal[k], tolerance) ? T(1) / d : T(0);
+    const bool ok = good_pivot(d, diagonal[k], tolerance);
+    const T inverse = ok ? T(1) / d : T(0);
+    if (report) report->take(d, diagonal[k], ok);
     for (int i = k + 1 + ty; i < c; i += rows) {
       const T scaled = a[packed(i, k)] * inverse;
       for (int j = k + 1 + tx; j <= i; j += 16) a[packed(i, j)] -= scaled * a[packed(j, k)];

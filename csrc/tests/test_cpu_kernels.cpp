@@ -1,51 +1,67 @@
-// The CPU kernels of every instruction set that this processor has, against plain loops in long double.
-#include <gtest/gtest.h>
-
+// The CPU kernels of every instruction set that this processor has, against plain loops in long double. No
+// framework, and buffers of exactly the size of their contents: `make test-sanitize` runs it under
+// AddressSanitizer and UndefinedBehaviorSanitizer.
+#include <algorithm>
 #include <cmath>
+#include <cstdint>
+#include <memory>
 #include <random>
 #include <string>
-#include <tuple>
-#include <type_traits>
 #include <vector>
 
+#include "check.h"
 #include "cpu/kernels.h"
 
 namespace {
 
+using flatkern::GramCotangents;
 using flatkern::GramStatsOut;
 using flatkern::Matrices;
 using flatkern::cpu::Kernels;
 using flatkern::cpu::kernels_for;
 
-std::vector<double> gaussians(std::int64_t n, unsigned seed) {
+using Wide = std::vector<long double>;
+
+std::size_t count(std::int64_t a, std::int64_t b = 1, std::int64_t c = 1) {
+  return static_cast<std::size_t>(a * b * c);
+}
+
+std::vector<double> gaussians(std::size_t n, unsigned seed) {
   std::mt19937 engine(seed);
   std::normal_distribution<double> normal;
-  std::vector<double> out(static_cast<std::size_t>(n));
+  std::vector<double> out(n);
   for (double& v : out) v = normal(engine);
   return out;
 }
 
-long double plain_logdet(std::vector<long double> a, int c) {
-  long double sum = 0;
-  for (int k = 0; k < c; ++k) {
-    sum += std::log(a[k * c + k]);
-    for (int i = k + 1; i < c; ++i) {
-      const long double l = a[i * c + k] / a[k * c + k];
-      for (int j = k + 1; j < c; ++j) a[i * c + j] -= l * a[k * c + j];
-    }
-  }
-  return sum;
-}
-
 template <typename T>
-std::vector<long double> plain_gram(const T* x, int c, int d) {
-  std::vector<long double> g(static_cast<std::size_t>(c) * c);
+Wide plain_gram(const T* x, int c, int d) {
+  Wide g(count(c, c));
   for (int i = 0; i < c; ++i) {
     for (int j = 0; j < c; ++j) {
-      for (int k = 0; k < d; ++k) g[i * c + j] += static_cast<long double>(x[i * d + k]) * x[j * d + k];
+      for (int k = 0; k < d; ++k)
+        g[count(i, c) + count(j)] += static_cast<long double>(x[i * d + k]) * x[j * d + k];
     }
   }
   return g;
+}
+
+// Gauss-Jordan of a symmetric positive definite matrix: its log-determinant, and the inverse in place.
+long double plain_inverse(Wide& a, int c) {
+  long double sum = 0;
+  for (int k = 0; k < c; ++k) {
+    const long double pivot = a[count(k, c) + count(k)];
+    sum += std::log(pivot);
+    a[count(k, c) + count(k)] = 1;
+    for (int j = 0; j < c; ++j) a[count(k, c) + count(j)] /= pivot;
+    for (int i = 0; i < c; ++i) {
+      if (i == k) continue;
+      const long double f = a[count(i, c) + count(k)];
+      a[count(i, c) + count(k)] = 0;
+      for (int j = 0; j < c; ++j) a[count(i, c) + count(j)] -= f * a[count(k, c) + count(j)];
+    }
+  }
+  return sum;
 }
 
 template <typename T>
@@ -57,80 +73,256 @@ Matrices<T> contiguous(const std::vector<T>& x, std::int64_t n, int rows, int co
   return m;
 }
 
-class CpuKernels : public testing::TestWithParam<std::tuple<std::string, int>> {
- protected:
-  const Kernels* table() const { return kernels_for(std::get<0>(GetParam()).c_str()); }
-  int size() const { return std::get<1>(GetParam()); }
+struct Stats {
+  std::vector<double> logdet, trace, frobenius_sq, ratio, gram, inverse;
+  std::unique_ptr<bool[]> deficient;
+  std::vector<std::int64_t> bad;
 
-  template <typename T>
-  void check(double tolerance) {
-    const Kernels* kernels = table();
-    if (!kernels) GTEST_SKIP() << "not on this processor";
-    const int c = size(), d = 2 * c + 3, n = 19;
-    const std::vector<double> normals = gaussians(static_cast<std::int64_t>(n) * c * d, 7);
-    const std::vector<T> x(normals.begin(), normals.end());
-    const Matrices<T> m = contiguous(x, n, c, d);
-    std::vector<double> logdet(n), trace(n), frobenius_sq(n), grams(static_cast<std::size_t>(n) * c * c);
-    std::vector<char> deficient(n, 1);
-    const GramStatsOut out{logdet.data(), trace.data(), frobenius_sq.data(),
-                           reinterpret_cast<bool*>(deficient.data())};
-    // in two ranges, as two threads would
-    kernels->of(T{}).gram_stats(m, 0, 5, out);
-    kernels->of(T{}).gram_stats(m, 5, n, out);
-    kernels->of(T{}).gram(m, 0, n, grams.data());
-    std::vector<T> matrices(grams.begin(), grams.end());
-    std::vector<T> spd(n), inverse(matrices.size());
-    kernels->of(T{}).spd_logdet(contiguous(matrices, n, c, c), 0, n, spd.data());
-    kernels->of(T{}).spd_inverse(contiguous(matrices, n, c, c), 0, n, inverse.data());
-    for (int s = 0; s < n; ++s) {
-      const std::vector<long double> g = plain_gram(x.data() + s * c * d, c, d);
-      const double expected = static_cast<double>(plain_logdet(g, c));
-      long double t = 0, f = 0;
-      for (int i = 0; i < c; ++i) {
-        t += g[i * c + i];
-        for (int j = 0; j < c; ++j) {
-          f += g[i * c + j] * g[i * c + j];
-          EXPECT_NEAR(grams[(s * c + i) * c + j], static_cast<double>(g[i * c + j]), 1e-11 * d);
-          double identity = 0;
-          for (int k = 0; k < c; ++k) {
-            identity += static_cast<double>(inverse[(s * c + i) * c + k]) * grams[(s * c + k) * c + j];
-          }
-          EXPECT_NEAR(identity, i == j ? 1.0 : 0.0, 100 * tolerance);
-        }
-      }
-      EXPECT_NEAR(logdet[s], expected, 1e-11 * c);
-      EXPECT_NEAR(trace[s] / static_cast<double>(t), 1, 1e-13);
-      EXPECT_NEAR(frobenius_sq[s] / static_cast<double>(f), 1, 1e-13);
-      EXPECT_EQ(deficient[s], 0);
-      EXPECT_NEAR(spd[s], expected, tolerance * (1 + std::abs(expected)));
-    }
+  Stats(std::int64_t n, int c)
+      : logdet(count(n)),
+        trace(count(n)),
+        frobenius_sq(count(n)),
+        ratio(count(n)),
+        gram(count(n, c, c)),
+        inverse(count(n, c, c)),
+        deficient(new bool[count(n)]),
+        bad(count(n)) {}
+
+  GramStatsOut out(bool factors) {
+    return {logdet.data(),
+            trace.data(),
+            frobenius_sq.data(),
+            deficient.get(),
+            ratio.data(),
+            bad.data(),
+            factors ? gram.data() : nullptr,
+            factors ? inverse.data() : nullptr};
   }
 };
 
-TEST_P(CpuKernels, MatchPlainLoopsInFloat) {
-  check<float>(1e-4);
-}
-TEST_P(CpuKernels, MatchPlainLoopsInDouble) {
-  check<double>(1e-12);
+template <typename T>
+void compare_with_plain_loops(const Kernels& kernels, int c, double tolerance) {
+  const int d = 2 * c + 3, n = 19;
+  const std::vector<double> normals = gaussians(count(n, c, d), 7);
+  const std::vector<T> x(normals.begin(), normals.end());
+  const Matrices<T> m = contiguous(x, n, c, d);
+  Stats lean(n, c), full(n, c);
+  // in two ranges, as two threads would
+  kernels.of(T{}).gram_stats(m, 0, 5, lean.out(false));
+  kernels.of(T{}).gram_stats(m, 5, n, lean.out(false));
+  kernels.of(T{}).gram_stats(m, 0, n, full.out(true));
+  std::vector<double> grams(count(n, c, c));
+  kernels.of(T{}).gram(m, 0, n, grams.data());
+  const std::vector<T> matrices(grams.begin(), grams.end());
+  const Matrices<T> g = contiguous(matrices, n, c, c);
+  std::vector<T> spd(count(n)), weights(count(n)), inverse(matrices.size());
+  for (int s = 0; s < n; ++s) weights[count(s)] = static_cast<T>(s - 2);
+  kernels.of(T{}).spd_logdet(g, 0, n, spd.data());
+  kernels.of(T{}).spd_pullback(g, weights.data(), 0, n, inverse.data());
+  const std::vector<double> by_logdet = gaussians(count(n), 1), by_trace = gaussians(count(n), 2),
+                            by_frobenius = gaussians(count(n), 3);
+  std::vector<T> pulled(x.size());
+  kernels.of(T{}).gram_pullback(m,
+                                GramCotangents{by_logdet.data(), by_trace.data(), by_frobenius.data(),
+                                               full.gram.data(), full.inverse.data()},
+                                0, n, pulled.data());
+  for (int s = 0; s < n; ++s) {
+    const Wide plain = plain_gram(x.data() + count(s, c, d), c, d);
+    Wide inverted = plain;
+    const double expected = static_cast<double>(plain_inverse(inverted, c));
+    long double t = 0, f = 0, largest = 0;
+    for (int i = 0; i < c; ++i) t += plain[count(i, c) + count(i)];
+    for (const long double v : plain) f += v * v;
+    for (const long double v : inverted) largest = std::fmax(largest, std::fabs(v));
+    const std::size_t at = count(s), first = count(s, c, c);
+    for (std::size_t e = 0; e < count(c, c); ++e) {
+      EXPECT_NEAR(grams[first + e], static_cast<double>(plain[e]), 1e-11 * d);
+      EXPECT(full.gram[first + e] == grams[first + e]);
+      const double scale = static_cast<double>(largest);
+      EXPECT_NEAR(full.inverse[first + e], static_cast<double>(inverted[e]), 1e-11 * scale);
+      EXPECT_NEAR(static_cast<double>(inverse[first + e]), (s - 2) * static_cast<double>(inverted[e]),
+                  (s + 1) * 20 * tolerance * scale);
+    }
+    EXPECT_NEAR(lean.logdet[at], expected, 1e-11 * c);
+    EXPECT_NEAR(lean.trace[at] / static_cast<double>(t), 1, 1e-13);
+    EXPECT_NEAR(lean.frobenius_sq[at] / static_cast<double>(f), 1, 1e-13);
+    EXPECT(!lean.deficient[at] && lean.bad[at] == 0);
+    EXPECT(lean.ratio[at] > 0 && lean.ratio[at] <= 1);
+    EXPECT(full.logdet[at] == lean.logdet[at] && full.ratio[at] == lean.ratio[at]);
+    EXPECT_NEAR(static_cast<double>(spd[at]), expected, tolerance * (1 + std::abs(expected)));
+    for (int i = 0; i < c; ++i) {
+      for (int k = 0; k < d; ++k) {
+        long double sum =
+            2 * by_trace[at] * static_cast<long double>(x[count(s, c, d) + count(i, d) + count(k)]);
+        for (int j = 0; j < c; ++j) {
+          const std::size_t e = count(i, c) + count(j);
+          sum += (4 * by_frobenius[at] * plain[e] + 2 * by_logdet[at] * inverted[e]) *
+                 static_cast<long double>(x[count(s, c, d) + count(j, d) + count(k)]);
+        }
+        const double got = static_cast<double>(pulled[count(s, c, d) + count(i, d) + count(k)]);
+        EXPECT_NEAR(got, static_cast<double>(sum), tolerance * (1 + std::fabs(static_cast<double>(sum))));
+      }
+    }
+  }
 }
 
-TEST_P(CpuKernels, ZeroMatricesAreRankDeficientAndNanPropagates) {
-  const Kernels* kernels = table();
-  if (!kernels) GTEST_SKIP() << "not on this processor";
-  const int c = size();
-  std::vector<double> g(static_cast<std::size_t>(2) * c * c);
-  g[static_cast<std::size_t>(c) * c + (c - 1) * c] = std::nan("");
-  double out[2];
-  kernels->f64.spd_logdet(contiguous(g, 2, c, c), 0, 2, out);
-  EXPECT_EQ(out[0], -INFINITY);
-  EXPECT_TRUE(std::isnan(out[1]));
+// Diagonal rows with known singular values, turned by rotations on both sides; the least one may be tiny.
+std::vector<double> rows_of(const std::vector<double>& values, int d, unsigned seed) {
+  const int c = static_cast<int>(values.size());
+  std::vector<double> x(count(c, d));
+  for (int i = 0; i < c; ++i) x[count(i, d) + count(i)] = values[count(i)];
+  const std::vector<double> angles = gaussians(count(c + d), seed);
+  for (int i = 1; i < d; ++i) {
+    const double co = std::cos(angles[count(i)]), si = std::sin(angles[count(i)]);
+    for (int r = 0; r < c; ++r) {
+      double& a = x[count(r, d) + count(i - 1)];
+      double& b = x[count(r, d) + count(i)];
+      const double turned = co * a - si * b;
+      b = si * a + co * b;
+      a = turned;
+    }
+  }
+  for (int i = 1; i < c; ++i) {
+    const double co = std::cos(angles[count(d + i)]), si = std::sin(angles[count(d + i)]);
+    for (int k = 0; k < d; ++k) {
+      double& a = x[count(i - 1, d) + count(k)];
+      double& b = x[count(i, d) + count(k)];
+      const double turned = co * a - si * b;
+      b = si * a + co * b;
+      a = turned;
+    }
+  }
+  return x;
 }
 
-INSTANTIATE_TEST_SUITE_P(Sizes, CpuKernels,
-                         testing::Combine(testing::Values("baseline", "avx2", "avx512"),
-                                          testing::Values(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 16, 31, 33)),
-                         [](const auto& info) {
-                           return std::get<0>(info.param) + "_" + std::to_string(std::get<1>(info.param));
-                         });
+void spectra_and_lost_digits(const Kernels& kernels, int c) {
+  const int d = c + 5, n = 11;
+  std::vector<double> all;
+  std::vector<std::vector<double>> spectra;
+  for (int s = 0; s < n; ++s) {
+    std::vector<double> values(count(c));
+    for (int i = 0; i < c; ++i) values[count(i)] = std::pow(2.0, -i % 7) * (1 + 0.1 * s);
+    if (s % 3 == 1) values[count(c - 1)] = 1e-9;
+    const std::vector<double> x = rows_of(values, d, static_cast<unsigned>(s));
+    all.insert(all.end(), x.begin(), x.end());
+    std::sort(values.begin(), values.end(), [](double a, double b) { return a > b; });
+    spectra.push_back(values);
+  }
+  const Matrices<double> m = contiguous(all, n, c, d);
+  std::vector<double> values(count(n, c)), alone(count(n, c)), vectors(count(n, c, c));
+  kernels.f64.gram_spectrum(m, flatkern::cpu::kGramFloor, 0, n, alone.data(), nullptr);
+  kernels.f64.gram_spectrum(m, flatkern::cpu::kGramFloor, 0, n, values.data(), vectors.data());
+  Stats stats(n, c);
+  kernels.f64.gram_stats(m, 0, n, stats.out(true));
+  const std::unique_ptr<bool[]> wanted(new bool[count(n)]);
+  for (int s = 0; s < n; ++s) wanted[count(s)] = s % 2 == 0;
+  std::vector<double> factors(count(n, c, c));
+  kernels.f64.lq(m, wanted.get(), 0, n, factors.data());
+  for (int s = 0; s < n; ++s) {
+    double logdet = 0;
+    for (int i = 0; i < c; ++i) {
+      const double expected = spectra[count(s)][count(i)];
+      EXPECT_NEAR(values[count(s, c) + count(i)], expected, 2e-15 * c + 1e-6 * expected);
+      EXPECT_NEAR(alone[count(s, c) + count(i)], expected, 2e-15 * c + 1e-6 * expected);
+      EXPECT_NEAR(values[count(s, c)], spectra[count(s)][0], 1e-14 * c);
+      logdet += 2 * std::log(expected);
+      const double* u = vectors.data() + count(s, c, c) + count(i, c);
+      for (int j = 0; j <= i; ++j) {  // the vectors are orthonormal, and those of these values
+        const double* v = vectors.data() + count(s, c, c) + count(j, c);
+        double inner = 0, through = 0;
+        for (int k = 0; k < c; ++k) inner += u[k] * v[k];
+        for (int k = 0; k < d; ++k) {
+          double left = 0, right = 0;
+          for (int r = 0; r < c; ++r) {
+            left += u[r] * all[count(s, c, d) + count(r, d) + count(k)];
+            right += v[r] * all[count(s, c, d) + count(r, d) + count(k)];
+          }
+          through += left * right;
+        }
+        EXPECT_NEAR(inner, i == j ? 1 : 0, 1e-13 * c);
+        EXPECT_NEAR(through, i == j ? expected * expected : 0, 1e-13 * c);
+      }
+    }
+    EXPECT_NEAR(stats.logdet[count(s)], logdet, s % 3 == 1 ? 1e-4 : 1e-9);
+    EXPECT(stats.bad[count(s)] == 0 && !stats.deficient[count(s)]);
+    const Wide gram = plain_gram(all.data() + count(s, c, d), c, d);
+    for (int i = 0; i < c; ++i) {
+      for (int j = 0; j < c; ++j) {
+        double sum = 0;
+        for (int k = 0; k < c; ++k) {
+          sum += factors[count(s, c, c) + count(i, c) + count(k)] *
+                 factors[count(s, c, c) + count(j, c) + count(k)];
+        }
+        const double expected = wanted[count(s)] ? static_cast<double>(gram[count(i, c) + count(j)]) : 0;
+        EXPECT_NEAR(sum, expected, 1e-13 * c);
+      }
+    }
+  }
+}
+
+void edges(const Kernels& kernels, int c) {
+  std::vector<double> g(count(2, c, c));
+  g[count(c, c) + count(c - 1, c)] = std::nan("");
+  double logdet[2];
+  const double weights[2] = {0, 1};
+  std::vector<double> inverse(g.size(), 1.0);
+  kernels.f64.spd_logdet(contiguous(g, 2, c, c), 0, 2, logdet);
+  kernels.f64.spd_pullback(contiguous(g, 2, c, c), weights, 0, 2, inverse.data());
+  EXPECT(logdet[0] == -INFINITY && std::isnan(logdet[1]));
+  for (std::size_t e = 0; e < count(c, c); ++e) {  // a weight of zero asks for nothing
+    EXPECT(inverse[e] == 0);
+    EXPECT(std::isnan(inverse[count(c, c) + e]));
+  }
+  // dependent rows, all zeros, not finite; and every other column of a wider array, backwards
+  const int d = c + 2;
+  std::vector<double> wide = gaussians(count(3, c, 2 * d), 5);
+  for (int k = 0; k < 2 * d; ++k) {
+    wide[count(c - 1, 2 * d) + count(k)] = c == 1 ? 0 : 3 * wide[count(k)];
+    for (int i = 0; i < c; ++i) wide[count(c + i, 2 * d) + count(k)] = 0;
+  }
+  wide[count(2 * c, 2 * d) + 1] = INFINITY;
+  Matrices<double> m = contiguous(wide, 3, c, d);
+  m.batch = {};
+  m.batch.push(3, 2 * c * d);
+  m.data = wide.data() + (2 * d - 1);
+  m.row_stride = 2 * d, m.col_stride = -2;
+  Stats stats(3, c);
+  kernels.f64.gram_stats(m, 0, 3, stats.out(true));
+  std::vector<double> values(count(3, c)), vectors(count(3, c, c));
+  kernels.f64.gram_spectrum(m, flatkern::cpu::kGramFloor, 0, 3, values.data(), vectors.data());
+  EXPECT(stats.deficient[0] && stats.bad[0] == 1 && stats.logdet[0] == -INFINITY);
+  EXPECT(stats.deficient[1] && stats.bad[1] == c && stats.ratio[1] == 0);
+  EXPECT(std::isnan(stats.logdet[2]) && !stats.deficient[2] && stats.bad[2] == 0);
+  EXPECT(std::fabs(stats.ratio[0]) < 1e-28);
+  EXPECT_NEAR(values[count(c - 1)], 0, 1e-14 * (1 + values[0]));
+  for (int i = 0; i < c; ++i) {
+    EXPECT(values[count(c + i)] == 0);
+    EXPECT(std::isnan(values[count(2 * c + i)]));
+  }
+  Stats tall(3, c);  // more rows than columns
+  Matrices<double> narrow = m;
+  narrow.cols = c - 1;
+  kernels.f64.gram_stats(narrow, 0, 3, tall.out(false));
+  EXPECT(tall.deficient[0] && tall.bad[0] >= 1 && tall.logdet[0] == -INFINITY);
+}
 
 }  // namespace
+
+int main() {
+  for (const char* isa : {"baseline", "avx2", "avx512"}) {
+    const Kernels* kernels = kernels_for(isa);
+    if (!kernels) {
+      std::printf("%s: not on this processor\n", isa);
+      continue;
+    }
+    for (const int c : {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 16, 31, 33}) {
+      const std::string name = std::string(isa) + ", c = " + std::to_string(c);
+      check::context = name.c_str();
+      compare_with_plain_loops<float>(*kernels, c, 1e-4);
+      compare_with_plain_loops<double>(*kernels, c, 1e-11);
+      spectra_and_lost_digits(*kernels, c);
+      edges(*kernels, c);
+    }
+  }
+  return check::result("CPU kernels");
+}

@@ -1,24 +1,15 @@
 // Tests of what the CPU and the GPU share (csrc/common), without any framework: 0 on success.
 #include <cmath>
-#include <cstdio>
 #include <limits>
 #include <vector>
 
+#include "check.h"
+#include "common/double_double.h"
 #include "common/matrices.h"
 #include "common/philox.h"
 #include "common/spd_math.h"
 
 namespace {
-
-int failures = 0;
-
-void expect(bool condition, const char* what, int line) {
-  if (condition) return;
-  std::printf("FAILED line %d: %s\n", line, what);
-  ++failures;
-}
-
-#define EXPECT(condition) expect((condition), #condition, __LINE__)
 
 void packed_rows_are_dense() {
   std::int64_t next = 0;
@@ -79,6 +70,11 @@ void pivots() {
 }
 
 void gram_tolerances() {
+  const double eps = std::numeric_limits<double>::epsilon();
+  EXPECT(flatkern::lq_tolerance<double>(10) == 10 * 1048576 * eps * eps);
+  EXPECT(flatkern::lq_tolerance<float>(10) == flatkern::gram_tolerance<float>(10, 64));
+  EXPECT(flatkern::lost_digits<double>() > flatkern::gram_tolerance<double>(1024, 100000));
+  EXPECT(flatkern::lost_digits<float>() > flatkern::gram_tolerance<float>(1024, 100000));
   EXPECT(flatkern::gram_tolerance<double>(10, 64) == 64 * std::numeric_limits<double>::epsilon());
   EXPECT(flatkern::gram_tolerance<double>(10, 4) == 10 * std::numeric_limits<double>::epsilon());
   const double input = std::pow(static_cast<double>(std::numeric_limits<float>::epsilon()), 2);
@@ -121,6 +117,30 @@ void normals_are_box_muller() {
   EXPECT(flatkern::nearest_float(0xffffffffu) == 4294967296.0f && flatkern::nearest_float(3) == 3);
 }
 
+// Twice the precision: sums that cancel, products, quotients; against exact values.
+void double_doubles() {
+  using flatkern::DoubleDouble;
+  DoubleDouble sum = {0, 0};
+  for (int k = 0; k < 1000; ++k) sum = flatkern::add_product(sum, 1 + 1e-9 * k, 1 - 1e-9 * k);
+  sum = flatkern::add(sum, {-1000, 0});
+  long double expected = 0;
+  for (int k = 0; k < 1000; ++k) {
+    const long double a = 1 + 1e-9 * k, b = 1 - 1e-9 * k;
+    expected += (a - 1) + (b - 1) + (a - 1) * (b - 1);
+  }
+  EXPECT_NEAR(sum.hi, static_cast<double>(expected), 1e-24);
+  const DoubleDouble third = flatkern::reciprocal({3, 0});
+  const DoubleDouble one = flatkern::multiply(third, {3, 0});
+  EXPECT(third.hi == 1.0 / 3.0 && std::fabs(third.lo) > 0);
+  EXPECT(one.hi == 1 && std::fabs(one.lo) < 1e-31);
+  const DoubleDouble back = flatkern::multiply(flatkern::reciprocal({1e200, 1e183}), {1e200, 1e183});
+  EXPECT(back.hi == 1 && std::fabs(back.lo) < 1e-31);
+  const DoubleDouble exact = flatkern::two_sum(1e16, 1);
+  EXPECT(exact.hi == 1e16 && exact.lo == 1);
+  const DoubleDouble nothing = flatkern::add({5, 1e-20}, flatkern::negate({5, 1e-20}));
+  EXPECT(nothing.hi == 0 && nothing.lo == 0);
+}
+
 }  // namespace
 
 int main() {
@@ -132,6 +152,6 @@ int main() {
   gram_tolerances();
   philox_vectors();
   normals_are_box_muller();
-  if (failures == 0) std::printf("shared mathematics: all tests passed\n");
-  return failures == 0 ? 0 : 1;
+  double_doubles();
+  return check::result("shared mathematics");
 }

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,9 @@ def run_examples(root: Path) -> list[Shown]:
     for path in sorted([*(root / "flatkern").rglob("*.py"), *root.glob("examples/*.py"), Path(__file__)]):
         digest.update(path.read_bytes())
     cache = root / CACHE / digest.hexdigest()[:16]
-    return [_shown(root, script, cache / script.stem) for script in sorted(root.glob("examples/*.py"))]
+    with ThreadPoolExecutor(max_workers=2) as pool:  # each waits for a process of its own
+        scripts = sorted(root.glob("examples/*.py"))
+        return list(pool.map(lambda script: _shown(root, script, cache / script.stem), scripts))
 
 
 def _shown(root: Path, script: Path, folder: Path) -> Shown:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,10 +14,37 @@ from flatkern.experiments.correlation import Correlation
 from flatkern.experiments.quantities import QUANTITIES, final_value
 from flatkern.experiments.settings import DemoConfig, Setting
 from flatkern.experiments.training import Run
+from flatkern.experiments.trajectories import Trajectory, last_phase
+from flatkern.experiments.transformers import Transformers
+from flatkern.rows import Row
 
-__all__ = ["HELD", "NOT_HELD", "UNDECIDED", "Claim", "InequalityCheck", "check_inequalities", "judge"]
+__all__ = [
+    "DIMENSION",
+    "HELD",
+    "NOT_HELD",
+    "SENSITIVITY",
+    "SENSITIVITY_BOUND",
+    "TRANSFORMERS",
+    "UNDECIDED",
+    "VOLUME",
+    "VOLUME_BOUND",
+    "Claim",
+    "InequalityCheck",
+    "check_inequalities",
+    "judge",
+    "judge_transformers",
+]
 
 HELD, NOT_HELD, UNDECIDED = "held", "did not hold", "undecided"
+VOLUME, SENSITIVITY, DIMENSION = "volume", "sensitivity", "dimension"
+VOLUME_BOUND, SENSITIVITY_BOUND, TRANSFORMERS = "volume bound", "sensitivity bound", "transformers"
+_TOPICS = {
+    "log_volume_top3": VOLUME,
+    "log_volume": VOLUME,
+    "mls": SENSITIVITY,
+    "nmls": SENSITIVITY,
+    "local_dimensionality": DIMENSION,
+}
 
 
 @dataclass(frozen=True)
@@ -26,6 +54,8 @@ class Claim:
     statement: str
     verdict: str
     detail: str
+    topic: str = ""
+    """Which claim of the paper's abstract it belongs to; empty for none."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +68,22 @@ class InequalityCheck:
     not_applicable: int
     looseness: tuple[float, float, float]
     """Smallest, median and largest distance between the outer sides, in decades."""
+    decades: dict[int, int]
+    """How many points have their outer sides 0 to 1, 1 to 2, … decades apart."""
+    samples: str = "training"
+    """Which samples the sides were taken on."""
 
 
 def check_inequalities(runs: Sequence[Run]) -> list[InequalityCheck]:
-    """Count how often each inequality held, and how far apart its sides were."""
-    rows = [row for run in runs for row in run.rows]
+    """Count how often each inequality held, and how far apart its sides were, on each kind of samples."""
+    elsewhere = list(dict.fromkeys(where for run in runs for where in run.elsewhere))
+    found = _check([row for run in runs for row in run.rows], "training")
+    for where in elsewhere:
+        found += _check([row for run in runs for row in run.elsewhere[where]], where)
+    return found
+
+
+def _check(rows: Sequence[Row], samples: str) -> list[InequalityCheck]:
     keys = list(dict.fromkeys(k for row in rows for k in row if k.startswith("status_")))
     checks = []
     for key in keys:
@@ -57,32 +98,50 @@ def check_inequalities(runs: Sequence[Run]) -> list[InequalityCheck]:
                 sum(s == "violated" for s in status),
                 sum(s == "not applicable" for s in status),
                 (spread[0], spread[1], spread[2]),
+                # rounding may leave an equality a hair below zero
+                dict(sorted(Counter(max(0, math.floor(v)) for v in loose).items())),
+                samples,
             )
         )
     return checks
 
 
-def judge(config: DemoConfig, runs: Sequence[Run], correlations: Sequence[Correlation]) -> list[Claim]:
+def judge(
+    config: DemoConfig,
+    runs: Sequence[Run],
+    correlations: Sequence[Correlation],
+    in_time: Sequence[Trajectory] = (),
+    elsewhere: Mapping[str, Sequence[Correlation]] | None = None,
+) -> list[Claim]:
     """All claims, those about trends only where the last phase of learning was reached."""
     trained = [run for run in runs if not run.diverged]
     claims = [_interpolation(config, runs)]
     trends: list[Claim] = []
-    for key in ("sqrt_sharpness", "log_volume_top3", "mls", "nmls"):
-        trends.append(
-            _ordering(key, "a higher learning rate gives a lower", config.rate_sweep[::-1], trained)
-        )
-    for key in ("sqrt_sharpness", "log_volume_top3", "mls", "nmls"):
-        trends.append(_ordering(key, "a smaller batch gives a lower", config.batch_sweep, trained))
+    sweeps = (
+        ("a higher learning rate gives a lower", config.rate_sweep[::-1]),
+        ("a smaller batch gives a lower", config.batch_sweep),
+    )
+    for words, sweep in sweeps:
+        if set(sweep) <= set(config.settings):
+            for key in ("sqrt_sharpness", "log_volume_top3", "mls", "nmls"):
+                trends.append(_about(key, _ordering(key, words, sweep, trained)))
     trends += [
-        _link(c)
+        _about(c.second, _link(c))
         for c in correlations
         if c.first == "sqrt_sharpness" and c.second in ("log_volume_top3", "mls", "nmls")
     ]
     trends += [
-        _no_link(c) for c in correlations if (c.first, c.second) == ("sqrt_sharpness", "local_dimensionality")
+        _about(c.second, _no_link(c))
+        for c in correlations
+        if (c.first, c.second) == ("sqrt_sharpness", "local_dimensionality")
     ]
-    trends.append(_in_time(config, trained, "log_volume_top3"))
-    trends.append(_in_time(config, trained, "mls"))
+    for where, links in (elsewhere or {}).items():
+        for c in links:
+            claim = _no_link(c) if c.second == "local_dimensionality" else _link(c)
+            claim = replace(claim, statement=f"On {where} samples: {_lowered(claim.statement)}")
+            trends.append(_about(c.second, claim))
+    trends += [_about(key, _in_time(config, trained, key)) for key in ("log_volume_top3", "mls")]
+    trends += [_about(t.key, _over_checkpoints(config, t)) for t in in_time]
     early = sum(not run.final("train_loss") < config.last_phase for run in runs)
     if early:
         why = f"{early} of {len(runs)} runs did not reach the last phase (train loss below {config.last_phase:g})"
@@ -90,6 +149,10 @@ def judge(config: DemoConfig, runs: Sequence[Run], correlations: Sequence[Correl
     claims += trends
     claims += [_bound(check) for check in check_inequalities(runs)]
     return claims
+
+
+def _about(key: str, claim: Claim) -> Claim:
+    return replace(claim, topic=_TOPICS.get(key, ""))
 
 
 def _interpolation(config: DemoConfig, runs: Sequence[Run]) -> Claim:
@@ -130,8 +193,10 @@ def _ordering(key: str, words: str, sweep: Iterable[Setting], runs: Sequence[Run
 
 def _numbers(c: Correlation) -> str:
     r, rho = c.pearson, c.spearman
+    corrected = "" if math.isnan(r.p_holm) else f", p of r = {r.p_holm:.2g} (Holm)"
     return (
         f"r = {r.value:.2f} ({r.low:.2f} to {r.high:.2f}), ρ = {rho.value:.2f} ({rho.low:.2f} to {rho.high:.2f})"
+        + corrected
     ).replace("-", "−")
 
 
@@ -159,8 +224,8 @@ def _in_time(config: DemoConfig, runs: Sequence[Run], key: str) -> Claim:
     statement = f"Within a run's {phase}, sharpness and {title} fall together"
     changes = []
     for run in runs:
-        start = next((i for i, v in enumerate(run.column("train_loss")) if v < config.last_phase), None)
-        if start is None or len(run.rows) - start < 3:
+        start = last_phase(run, config.last_phase)
+        if len(run.rows) - start < 3:
             continue
         root, other = np.array(run.column("sqrt_sharpness")[start:]), np.array(run.column(key)[start:])
         changes.append((root[-1] - root[0], other[-1] - other[0]))
@@ -175,8 +240,48 @@ def _in_time(config: DemoConfig, runs: Sequence[Run], key: str) -> Claim:
     return Claim(statement, HELD if both == len(changes) else NOT_HELD, detail.replace("-", "−"))
 
 
+def judge_transformers(config: DemoConfig, found: Transformers) -> Claim:
+    """Whether the models that are sharper for their parameters' size are also more sensitive for their inputs'."""
+    statement = "Across transformers, normalized MLS rises with adaptive sharpness"
+    c = Correlation("adaptive_sharpness", "normalized_mls", len(found.rows), found.pearson, found.spearman)
+    claim = replace(_link(c), statement=statement, topic=TRANSFORMERS)
+    left_out = f" ({found.diverged} more diverged)" if found.diverged else ""
+    claim = replace(claim, detail=f"{len(found.rows)} models{left_out}, logarithms of both: {claim.detail}")
+    early = sum(not float(row.get("train_loss", 0.0)) < config.last_phase for row in found.rows)
+    if early:
+        why = f"{early} of {len(found.rows)} models did not reach the last phase"
+        claim = replace(claim, verdict=UNDECIDED, detail=f"{why}; {claim.detail}")
+    return claim
+
+
+def _lowered(statement: str) -> str:
+    return statement[0].lower() + statement[1:]
+
+
+def _over_checkpoints(config: DemoConfig, t: Trajectory) -> Claim:
+    title, tied = QUANTITIES[t.key].title, t.key != "local_dimensionality"
+    statement = f"Over the checkpoints of a run's last phase, √S and {title} " + (
+        "rise and fall together" if tied else "are not tied"
+    )
+    if not t.coefficients:
+        return Claim(statement, UNDECIDED, "no run reached it with four measurement points to spare")
+    numbers = (
+        f"r from {min(t.coefficients):.2f} to {max(t.coefficients):.2f} in {len(t.coefficients)} runs, "
+        f"mean {t.mean:.2f}"
+    )
+    if math.isnan(t.low):
+        return Claim(statement, UNDECIDED, f"{numbers}; too few runs for an interval".replace("-", "−"))
+    numbers = f"{numbers} ({t.low:.2f} to {t.high:.2f}, runs resampled)".replace("-", "−")
+    apart = t.low > 0 or t.high < 0
+    if tied:
+        return Claim(statement, HELD if t.low > 0 else NOT_HELD if t.high < 0 else UNDECIDED, numbers)
+    note = "" if apart else "; the interval contains 0, which does not prove absence"
+    return Claim(statement, NOT_HELD if apart else UNDECIDED, numbers + note)
+
+
 def _bound(check: InequalityCheck) -> Claim:
     low, median, high = check.looseness
+    topic = VOLUME_BOUND if check.name == "lvr" else SENSITIVITY_BOUND
     titles = {
         "mls": "MLS is bounded by flatness: A ≤ B ≤ C ≤ D",
         "nmls": "NMLS is bounded by flatness",
@@ -185,11 +290,14 @@ def _bound(check: InequalityCheck) -> Claim:
         "normalized_mls": "The rescaling-invariant bound on ‖x‖²σ²",
     }
     statement = titles.get(check.name, f"Inequality {check.name}")
+    if check.samples != "training":
+        statement = f"On {check.samples} samples: {statement}"
     if not check.checked:
-        return Claim(statement, UNDECIDED, f"not applicable at {check.not_applicable} points")
+        return Claim(statement, UNDECIDED, f"not applicable at {check.not_applicable} points", topic)
     return Claim(
         statement,
         HELD if not check.violated else NOT_HELD,
         f"{check.checked - check.violated} of {check.checked} measurement points; outer sides {low:.2g} to {high:.2g} "
         f"decades apart (median {median:.2g})",
+        topic,
     )

@@ -13,7 +13,16 @@ from numpy.typing import NDArray
 from scipy import stats
 from scipy.stats import bootstrap  # type: ignore[attr-defined]
 
-__all__ = ["Coefficient", "Correlation", "correlate", "correlation_table", "holm", "pearson", "spearman"]
+__all__ = [
+    "Coefficient",
+    "Correlation",
+    "correlate",
+    "correlation_star",
+    "correlation_table",
+    "holm",
+    "pearson",
+    "spearman",
+]
 
 Array = NDArray[np.float64]
 
@@ -118,7 +127,24 @@ def correlation_table(
     columns: Mapping[str, Sequence[float]], *, resamples: int = 2000, seed: int = 0
 ) -> list[Correlation]:
     """Every pair of columns (one value a run), p-values corrected over the whole table."""
-    pairs = list(itertools.combinations(columns, 2))
+    return _corrected(columns, list(itertools.combinations(columns, 2)), resamples, seed)
+
+
+def correlation_star(
+    centre: tuple[str, Sequence[float]],
+    columns: Mapping[str, Sequence[float]],
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> list[Correlation]:
+    """One column with each of the others, p-values corrected over these pairs."""
+    name, values = centre
+    return _corrected({name: values, **columns}, [(name, key) for key in columns], resamples, seed)
+
+
+def _corrected(
+    columns: Mapping[str, Sequence[float]], pairs: list[tuple[str, str]], resamples: int, seed: int
+) -> list[Correlation]:
     found = [correlate(columns[a], columns[b], resamples=resamples, seed=seed) for a, b in pairs]
     by_pearson = holm([f[0].p_value for f in found])
     by_spearman = holm([f[1].p_value for f in found])

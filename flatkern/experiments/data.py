@@ -1,8 +1,9 @@
-"""The images: real MNIST digits, Fashion-MNIST, scikit-learn's digits; a deterministic subset of each."""
+"""The images: MNIST digits, Fashion-MNIST, CIFAR-10, scikit-learn's digits; a deterministic subset of each."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,13 +12,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flatkern.experiments.cifar import read_cifar
 from flatkern.experiments.errors import UserError
 from flatkern.experiments.idx import find_idx, read_idx
 
 __all__ = ["CLASSES", "DATA_NAMES", "DEBIAN_FASHION", "Dataset", "Samples", "load"]
 
 CLASSES = 10
-DATA_NAMES = ("digits-mnist", "fashion-mnist", "digits")
+DATA_NAMES = ("digits-mnist", "fashion-mnist", "digits", "cifar-2", "cifar-10")
+"""``cifar-2``: classes 0 and 1 of CIFAR-10, with ten outputs all the same."""
+_IN_A_FOLDER = ("fashion-mnist", "cifar-2", "cifar-10")
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package dataset-fashion-mnist puts its files."""
 
@@ -26,10 +30,10 @@ _Pool = tuple[NDArray[np.float32], NDArray[np.int64]]
 
 @dataclass(frozen=True)
 class Samples:
-    """Images as rows of floats in [0, 1], with their labels."""
+    """Images of floats in [0, 1], with their labels."""
 
     x: Tensor
-    """[n, pixels] float32."""
+    """[n, pixels], or [n, channels, height, width], float32."""
     labels: Tensor
     """[n] int64."""
 
@@ -43,7 +47,10 @@ class Samples:
 
     def first(self, n: int) -> Samples:
         """The first n samples (all where there are fewer)."""
-        return Samples(self.x[:n], self.labels[:n])
+        return self[:n]
+
+    def __getitem__(self, index: slice | Tensor) -> Samples:
+        return Samples(self.x[index], self.labels[index])
 
 
 @dataclass(frozen=True)
@@ -54,11 +61,18 @@ class Dataset:
     source: str
     train: Samples
     test: Samples
+    shape: tuple[int, int, int]
+    """Channels, height and width of an image."""
 
     @property
     def pixels(self) -> int:
         """Number of inputs of a network for these images."""
-        return self.train.x.shape[1]
+        return math.prod(self.shape)
+
+    def as_images(self) -> Dataset:
+        """The same with x of shape [n, channels, height, width]."""
+        train, test = (Samples(s.x.reshape(-1, *self.shape), s.labels) for s in (self.train, self.test))
+        return replace(self, train=train, test=test)
 
 
 def load(
@@ -76,14 +90,22 @@ def load(
     """
     if name not in DATA_NAMES:
         raise UserError(f"unknown data set {name!r}; there are {', '.join(DATA_NAMES)}")
-    if root is not None and name != "fashion-mnist":
+    if root is not None and name not in _IN_A_FOLDER:
         raise UserError(f"--root: the data set {name} comes with a package and reads no folder")
     generator = torch.Generator().manual_seed(seed)
     if name == "fashion-mnist":
         folder = root if root is not None else DEBIAN_FASHION
         train = _shuffled(_fashion(folder, "train"), num_train, generator, "training")
         test = _shuffled(_fashion(folder, "t10k"), num_test, generator, "test")
-        return Dataset(name, f"Fashion-MNIST, IDX files of {folder}", train, test)
+        return Dataset(name, f"Fashion-MNIST, IDX files of {folder}", train, test, (1, 28, 28))
+    if name in _IN_A_FOLDER:
+        if root is None:
+            raise UserError(f"--data {name} needs --root DIR, the folder cifar-10-batches-py")
+        classes = 2 if name == "cifar-2" else CLASSES
+        train = _shuffled(_cifar(root, "train", classes), num_train, generator, "training")
+        test = _shuffled(_cifar(root, "test", classes), num_test, generator, "test")
+        source = f"CIFAR-10{', classes 0 and 1' if classes == 2 else ''}, python batches of {root}"
+        return Dataset(name, source, train, test, (3, 32, 32))
     pool, source = _mnist_digits() if name == "digits-mnist" else _sklearn_digits()
     everything = _shuffled(pool, None, generator, "")
     total = len(everything)
@@ -100,7 +122,8 @@ def load(
         name,
         source,
         everything.first(num_train),
-        Samples(everything.x[num_train:last], everything.labels[num_train:last]),
+        everything[num_train:last],
+        (1, 28, 28) if name == "digits-mnist" else (1, 8, 8),
     )
 
 
@@ -146,3 +169,9 @@ def _fashion(folder: Path, split: str) -> _Pool:
         raise UserError(f"{label_file}: label {labels.max()} where 0 to {CLASSES - 1} are expected")
     x = images.reshape(len(images), -1).astype(np.float32) / np.float32(255.0)
     return x, labels.astype(np.int64)
+
+
+def _cifar(root: Path, split: str, classes: int) -> _Pool:
+    images, labels = read_cifar(root, split)
+    kept = labels < classes
+    return images[kept].astype(np.float32) / np.float32(255.0), labels[kept]

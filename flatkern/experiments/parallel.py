@@ -1,4 +1,4 @@
-"""The settings of a demo side by side in processes, with one progress bar and a clean way out."""
+"""Groups of runs side by side in processes, with one progress bar and a clean way out."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import multiprocessing
 import os
 import queue
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from tqdm import tqdm
 
 from flatkern.experiments.data import Dataset
 from flatkern.experiments.errors import Cancelled, UserError
-from flatkern.experiments.settings import DemoConfig, Setting
-from flatkern.experiments.training import Run, train_setting
+from flatkern.experiments.run_files import RunFile
+from flatkern.experiments.settings import DemoConfig, Group
+from flatkern.experiments.training import Run, train_group
 
-__all__ = ["available_cores", "train_all"]
+__all__ = ["available_cores", "run_file", "train_all", "train_groups"]
 
 
 def available_cores() -> int:
@@ -33,11 +35,23 @@ def train_all(config: DemoConfig, data: Dataset, *, progress: bool = True) -> li
 
     The numbers depend neither on the number of processes nor on the order in which they finish.
     """
-    settings = config.settings
-    jobs = min(config.jobs or available_cores(), len(settings))
-    total = len(settings) * config.seeds * config.steps
+    done = train_groups(config, config.groups, data, progress=progress)
+    return [run for group in config.groups for run in done[group]]
+
+
+def train_groups(
+    config: DemoConfig,
+    groups: Sequence[Group],
+    data: Dataset,
+    *,
+    folder: Path | None = None,
+    progress: bool = True,
+) -> dict[Group, list[Run]]:
+    """Train some groups, ``config.jobs`` at a time; with a ``folder`` each keeps its state there."""
+    jobs = min(config.jobs or available_cores(), max(len(groups), 1))
+    total = sum(len(group.seeds) for group in groups) * config.steps
     # the longest first, so that no core is left alone with a long one at the end
-    order = sorted(settings, key=lambda s: (-s.batch_size, -s.learning_rate))
+    order = sorted(groups, key=lambda g: (-g.setting.batch_size, -g.setting.learning_rate, g.seeds))
     with tqdm(
         total=total, unit="step", unit_scale=True, desc="training", disable=not progress, smoothing=0.05
     ) as bar:
@@ -45,17 +59,33 @@ def train_all(config: DemoConfig, data: Dataset, *, progress: bool = True) -> li
             before = torch.get_num_threads()
             torch.set_num_threads(config.threads)
             try:
-                done = {s: train_setting(config, s, data, bar.update) for s in order}
+                return {g: _train(config, g, data, bar.update, folder) for g in order}
             finally:
                 torch.set_num_threads(before)
-        else:
-            done = _in_processes(config, order, data, jobs, bar.update)
-    return [run for s in settings for run in done[s]]
+        return _in_processes(config, order, data, folder, jobs, bar.update)
+
+
+def run_file(folder: Path, group: Group) -> RunFile:
+    """Where a group keeps its state."""
+    s = group.setting
+    seeds = "-".join(str(seed) for seed in group.seeds)
+    return RunFile(folder, f"lr-{s.learning_rate!r}-batch-{s.batch_size}-seed-{seeds}")
+
+
+def _train(
+    config: DemoConfig, group: Group, data: Dataset, report: Callable[[int], Any], folder: Path | None
+) -> list[Run]:
+    return train_group(config, group, data, report, None if folder is None else run_file(folder, group))
 
 
 def _in_processes(
-    config: DemoConfig, order: list[Setting], data: Dataset, jobs: int, report: Callable[[int], Any]
-) -> dict[Setting, list[Run]]:
+    config: DemoConfig,
+    order: list[Group],
+    data: Dataset,
+    folder: Path | None,
+    jobs: int,
+    report: Callable[[int], Any],
+) -> dict[Group, list[Run]]:
     # spawn: a forked torch may hang in its thread pools
     context = multiprocessing.get_context("spawn")
     ticks: Any = context.Queue()
@@ -65,17 +95,17 @@ def _in_processes(
     )
     try:
         with _interrupts_held():
-            futures: dict[Future[list[Run]], Setting] = {
-                pool.submit(_work, config, s, data): s for s in order
+            futures: dict[Future[list[Run]], Group] = {
+                pool.submit(_work, config, g, data, folder): g for g in order
             }
         waiting = set(futures)
         while waiting:
             finished, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
             _drain(ticks, report)
             for future in finished:
-                future.result()  # an error of one setting ends all
+                future.result()  # an error of one group ends all
         _drain(ticks, report)
-        return {setting: future.result() for future, setting in futures.items()}
+        return {group: future.result() for future, group in futures.items()}
     except BrokenProcessPool:
         raise UserError("a training process died; if memory ran out, --jobs 1 needs the least") from None
     finally:
@@ -116,7 +146,7 @@ def _start(ticks: Any, stop: Any, threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _work(config: DemoConfig, setting: Setting, data: Dataset) -> list[Run]:
+def _work(config: DemoConfig, group: Group, data: Dataset, folder: Path | None) -> list[Run]:
     parent = multiprocessing.parent_process()
 
     def report(steps: int) -> None:
@@ -124,4 +154,4 @@ def _work(config: DemoConfig, setting: Setting, data: Dataset) -> list[Run]:
             raise Cancelled
         _ticks.put(steps)
 
-    return train_setting(config, setting, data, report)
+    return _train(config, group, data, report, folder)

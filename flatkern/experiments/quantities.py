@@ -167,6 +167,20 @@ _ALL = (
         "mean ‖x‖² σₘₐₓ(J)²",
         "MLS in a form that rescaling the layers of a bias-free ReLU network does not change.",
     ),
+    Quantity(
+        "relative_flatness",
+        "relative flatness",
+        "(2/N) ‖W‖² mean ‖z‖²",
+        "Relative flatness of the last linear layer (Petzka et al. 2021) of the mean squared error: W its weights, z "
+        "its input, N the number of outputs. Small is flat.",
+    ),
+    Quantity(
+        "adaptive_sharpness",
+        "adaptive sharpness",
+        "Σₖ θₖ² ∂²L/∂θₖ²",
+        "Sharpness in which every parameter is measured by its own size (Andriushchenko et al. 2023, small radius).",
+        log_axis=True,
+    ),
 )
 QUANTITIES = {q.key: q for q in _ALL}
 PANELS = ("train_loss", "nmls", "sqrt_sharpness", "log_volume_top3", "mls", "log_local_dimensionality")
@@ -180,6 +194,7 @@ CORRELATED = (
     "generalization_gap",
     "log10_mls_d",
     "log10_nmls_bound",
+    "relative_flatness",
 )
 """What the correlation study compares across runs."""
 

@@ -1,4 +1,4 @@
-"""What a demo trains, on what, how long, and how it is measured; and the three sizes it comes in."""
+"""What is trained, on what, how long, and how it is measured; and the three sizes a demo comes in."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from pathlib import Path
 
 from flatkern.experiments.data import CLASSES
 from flatkern.experiments.errors import UserError
+from flatkern.experiments.schedule import log_schedule
 
-__all__ = ["DemoConfig", "Setting", "for_data", "full", "paper", "quick"]
+__all__ = ["ELSEWHERE", "DemoConfig", "Group", "Setting", "for_data", "full", "paper", "quick"]
+
+ELSEWHERE = ("test", "misclassified")
+"""Test samples, and those of them that the network of the moment gets wrong."""
 
 
 @dataclass(frozen=True, order=True)
@@ -25,8 +29,16 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Networks of one setting that are trained together, in one process."""
+
+    setting: Setting
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class DemoConfig:
-    """Everything that decides the numbers of a demo, and where they go."""
+    """Everything that decides the numbers of a demo or a reproduction, and where they go."""
 
     preset: str
     learning_rates: tuple[float, float, float]
@@ -48,6 +60,12 @@ class DemoConfig:
     spectrum_steps: int
     data: str = "digits-mnist"
     root: Path | None = None
+    network: str = "mlp-tanh"
+    """Of :data:`flatkern.experiments.networks.NETWORKS`, or ``vit-WIDTH-DEPTH``."""
+    every: int | None = None
+    """Measure every so many iterations, instead of on the logarithmic schedule."""
+    elsewhere: tuple[str, ...] = ()
+    """Where geometry and bounds are taken besides the training samples: of :data:`ELSEWHERE`."""
     jobs: int | None = None
     """Processes at a time; default one a core, at most one a setting."""
     threads: int = 1
@@ -61,11 +79,34 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run, before anything is."""
-        for name in ("num_probe", "steps", "points", "seeds", "threads"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.jobs is not None and self.jobs < 1:
-            raise UserError(f"jobs must be at least 1, got {self.jobs}")
+        for name in ("num_probe", "steps", "points", "seeds", "threads", "jobs", "every"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+        for name in self.elsewhere:
+            if name not in ELSEWHERE:
+                raise UserError(f"unknown samples {name!r}; there are {', '.join(ELSEWHERE)}")
+
+    @property
+    def schedule(self) -> list[int]:
+        """The iterations that are measured, ascending, the first and the last among them."""
+        if self.every is None:
+            return log_schedule(self.steps, self.points)
+        return sorted({*range(0, self.steps + 1, self.every), self.steps})
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """What is trained together: all seeds of a setting."""
+        return tuple(Group(setting, tuple(range(self.seeds))) for setting in self.settings)
+
+    @property
+    def sections(self) -> tuple[str, ...]:
+        """What the report shows."""
+        return ("rate", "batch", "bounds", "scatter", "correlations")
+
+    @property
+    def scale(self) -> str:
+        """What every figure says of how far the iterations were cut down; empty where they were not."""
+        return ""
 
     @property
     def settings(self) -> tuple[Setting, ...]:

@@ -1,4 +1,4 @@
-"""Plain SGD on tanh MLPs, several seeds of one setting at a time, with forward and backward written by hand.
+"""Plain SGD on MLPs, several seeds of one setting at a time, with forward and backward written by hand.
 
 The networks of one setting differ only in their seed, so they are trained together: weights are [K, out, in] and every
 layer is one batched matrix product, updated in place (``W -= η g aᵀ`` is a single ``baddbmm_``). No graph, no parameter
@@ -8,28 +8,23 @@ gradient and no optimizer state exist. On one core this costs 0.14 to 0.2 ms a s
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BatchStream", "Ensemble", "build_mlp", "mlp_from"]
+from flatkern.experiments.networks import build_mlp
+
+__all__ = ["BatchStream", "Ensemble", "mlp_from"]
 
 
-def build_mlp(sizes: Sequence[int]) -> nn.Sequential:
-    """Linear layers of the given sizes with tanh between them, PyTorch's default initialization."""
-    layers: list[nn.Module] = []
-    for i, (a, b) in enumerate(itertools.pairwise(sizes)):
-        layers += [nn.Tanh()] if i else []
-        layers.append(nn.Linear(a, b))
-    return nn.Sequential(*layers)
-
-
-def mlp_from(sizes: Sequence[int], state: Mapping[str, Tensor]) -> nn.Sequential:
+def mlp_from(
+    sizes: Sequence[int], state: Mapping[str, Tensor], activation: type[nn.Module] = nn.Tanh
+) -> nn.Sequential:
     """An MLP with given weights; draws no random number on the way."""
     with torch.device("meta"):
-        model = build_mlp(sizes)
+        model = build_mlp(sizes, activation)
     model.load_state_dict(dict(state), assign=True)
     return model
 
@@ -56,14 +51,37 @@ class BatchStream:
         now, self._left = self._left[:, : self.batch], self._left[:, self.batch :]
         return now
 
+    def state(self) -> dict[str, Any]:
+        """Where the stream stands, for :meth:`load`."""
+        return {"left": self._left.clone(), "generators": [g.get_state() for g in self._generators]}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state`` was taken."""
+        self._left = state["left"].clone()
+        for generator, held in zip(self._generators, state["generators"], strict=True):
+            generator.set_state(held)
+
 
 class Ensemble:
-    """K tanh MLPs of the same sizes, one a seed, trained on the mean squared error (``nn.MSELoss``)."""
+    """K MLPs of the same sizes, one a seed, trained on the mean squared error (``nn.MSELoss``).
+
+    Args:
+        sizes: of the layers, inputs and outputs included.
+        seeds: of the initial weights.
+        activation: ``nn.Tanh`` or ``nn.ReLU``.
+        dtype: of the weights.
+    """
 
     def __init__(
-        self, sizes: Sequence[int], seeds: Sequence[int], dtype: torch.dtype = torch.float32
+        self,
+        sizes: Sequence[int],
+        seeds: Sequence[int],
+        activation: type[nn.Module] = nn.Tanh,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.sizes = tuple(sizes)
+        if activation not in (nn.Tanh, nn.ReLU):
+            raise ValueError(f"activation: nn.Tanh or nn.ReLU, got {activation.__name__}")
+        self.sizes, self._activation = tuple(sizes), activation
         self.weights: list[Tensor] = []
         """One [K, out, in] a layer."""
         self.biases: list[Tensor] = []
@@ -84,21 +102,24 @@ class Ensemble:
     def step(self, x: Tensor, targets: Tensor, learning_rate: float) -> None:
         """One SGD step on batches x [K, B, inputs] and targets [K, B, outputs]; every weight moves in place."""
         activations, cotangents = self._buffers(x)
-        last = len(self.weights) - 1
+        last, tanh = len(self.weights) - 1, self._activation is nn.Tanh
         activations[0] = x
         for i, (w, b) in enumerate(zip(self.weights, self.biases, strict=True)):
             torch.baddbmm(b, activations[i], w.mT, out=activations[i + 1])
             if i < last:
-                activations[i + 1].tanh_()
+                activations[i + 1].tanh_() if tanh else activations[i + 1].relu_()
         g = torch.sub(activations[-1], targets, out=cotangents[-1])
         # nn.MSELoss divides by samples and outputs; with the rate in the cotangent, updates need no scaling
         g.mul_(2.0 * learning_rate / (x.shape[1] * self.sizes[-1]))
         for i in range(last, -1, -1):
             w, a = self.weights[i], activations[i]
             below = None
-            if i:  # through W before it moves, then through tanh: φ' = 1 − a²
+            if i:  # through W before it moves, then through tanh: φ' = 1 − a², or ReLU: φ' = 1 where a > 0
                 below = torch.bmm(g, w, out=cotangents[i])
-                torch.ops.aten.tanh_backward.grad_input(below, a, grad_input=below)
+                if tanh:
+                    torch.ops.aten.tanh_backward.grad_input(below, a, grad_input=below)
+                else:
+                    torch.ops.aten.threshold_backward.grad_input(below, a, 0, grad_input=below)
             w.baddbmm_(g.mT, a, alpha=-1.0)
             self.biases[i].sub_(g.sum(1, keepdim=True))
             if below is not None:
@@ -112,12 +133,18 @@ class Ensemble:
 
     def member(self, k: int) -> nn.Sequential:
         """Network k as an ordinary module with a copy of the weights."""
-        return mlp_from(self.sizes, self.state(k))
+        return mlp_from(self.sizes, self.state(k), self._activation)
 
     def state(self, k: int) -> dict[str, Tensor]:
         """A copy of the weights of network k, named as in the module."""
         found: dict[str, Tensor] = {}
         for i, (w, b) in enumerate(zip(self.weights, self.biases, strict=True)):
-            # every other module is a tanh
+            # every other module is an activation
             found |= {f"{2 * i}.weight": w[k].clone(), f"{2 * i}.bias": b[k, 0].clone()}
         return found
+
+    def load(self, k: int, state: Mapping[str, Tensor]) -> None:
+        """Put weights named as by :meth:`state` into network k."""
+        for i, (w, b) in enumerate(zip(self.weights, self.biases, strict=True)):
+            w[k].copy_(state[f"{2 * i}.weight"])
+            b[k, 0].copy_(state[f"{2 * i}.bias"])

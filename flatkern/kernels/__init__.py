@@ -18,6 +18,7 @@ from ._activation_jets import (
 )
 from ._attention import attention
 from ._gram import gram
+from ._gram_spectrum import GramSpectrum, gram_singular_values, gram_spectrum
 from ._gram_stats import GramStats, gram_stats
 from ._lanczos_step import LanczosStep, lanczos_step
 from ._norm_jets import layer_norm_jet, layer_norm_pullback, rms_norm_jet, rms_norm_pullback
@@ -29,6 +30,7 @@ from ._spd_logdet import spd_logdet
 __all__ = [
     "ActivationDerivatives",
     "CrossEntropyJet",
+    "GramSpectrum",
     "GramStats",
     "Jet",
     "KernelInfo",
@@ -42,6 +44,8 @@ __all__ = [
     "cross_entropy_hvp",
     "cross_entropy_jet",
     "gram",
+    "gram_singular_values",
+    "gram_spectrum",
     "gram_stats",
     "lanczos_step",
     "layer_norm_jet",

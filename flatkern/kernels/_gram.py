@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_matrices, few_dims
-from ._registration import forward_rule, in_graph, quick, register
+from ._registration import differentiated, forward_rule, in_graph, quick, register
 from ._select import runs_compiled
 
 
@@ -85,7 +85,7 @@ class _Gram(torch.autograd.Function):
 
 @in_graph
 def _apply(x: Tensor) -> Tensor:
-    value: Tensor = _Gram.apply(x)
+    value: Tensor = _Gram.apply(x) if differentiated(x) else _raw(x)
     return value
 
 

@@ -99,9 +99,12 @@ class _State:
 _state = _State()
 
 
-def runs_compiled(x: Tensor, *, cuda: bool = True) -> bool:
-    """Whether the compiled kernel takes these matrices; `cuda`: whether the operator has a CUDA kernel."""
-    if x.shape[-2] > MAX_SIZE or (x.device.type == "cuda" and not cuda):
+def runs_compiled(x: Tensor, *, cuda: bool = True, limit: float = MAX_SIZE) -> bool:
+    """Whether the compiled kernel takes these matrices.
+
+    `cuda`: whether the operator has a CUDA kernel; `limit`: the most rows it takes.
+    """
+    if x.shape[-2] > limit or (x.device.type == "cuda" and not cuda):
         return False
     return runs_compiled_rows(x.device)
 

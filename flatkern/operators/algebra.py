@@ -38,6 +38,10 @@ class Composed(LinearOperator):
     def _engine(self) -> dict[str, Any]:
         return {str(i): part._engine() for i, part in enumerate(self._parts())}
 
+    def _expect(self, products: int) -> None:
+        for part in self._parts():
+            part._expect(products)
+
     def _freeze_engine(self) -> None:
         for part in self._parts():
             part._freeze_engine()

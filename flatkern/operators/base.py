@@ -220,6 +220,9 @@ class LinearOperator:
     def _use_engine(self, state: Mapping[str, Any]) -> None:
         """Take over choices made earlier (see :meth:`_engine`), so that products round alike."""
 
+    def _expect(self, products: int) -> None:
+        """So many products are coming: what is tried after some of them may be tried at once."""
+
     def _freeze_engine(self) -> None:
         """Choose no other way of doing products from now on; :meth:`_use_engine` with an earlier state undoes it."""
 

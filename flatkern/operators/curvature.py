@@ -126,7 +126,7 @@ class CurvatureOperator(LinearOperator):
         self._asked_size = block_size
         self._block = program_block(block_size, 1) if self._linearized else BlockSize(block_size)
         self._autocast = Autocast(device)
-        self._products = 0
+        self._products = self._coming = 0
         self._untried = check_determinism  # whether data and model are still to be asked twice
         self._unchecked = self._loss.callable  # a callable's reduction is compared with two halves once
         self._watch: WeightsWatch | None = None
@@ -329,7 +329,7 @@ class CurvatureOperator(LinearOperator):
         """
         assert self._trial is not None
         first = next((i for i, batch in enumerate(self._batches) if batch.kept is not None), None)
-        if self._linearized or first is None or not self._trial.due(len(rows), self._products):
+        if self._linearized or first is None or not self._trial.due(len(rows), self._products + self._coming):
             return
         if self._modes != modes_of(self._model):
             return
@@ -444,6 +444,9 @@ class CurvatureOperator(LinearOperator):
             "linearized": self._linearized,
             "open": self._trial is not None,
         }
+
+    def _expect(self, products: int) -> None:
+        self._coming = products
 
     def _freeze_engine(self) -> None:
         self._trial = None

@@ -9,18 +9,29 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
+from flatkern.experiments.abstract import summarize
 from flatkern.experiments.claims import HELD, NOT_HELD
+from flatkern.experiments.networks import takes_vectors
 from flatkern.experiments.quantities import CORRELATED, PANELS, QUANTITIES, final_value
 from flatkern.report.figures import inline_panels, save_figures
-from flatkern.report.tables import matrix_table, number, pair_table, run_table, summary_table
+from flatkern.report.tables import (
+    inequality_table,
+    matrix_table,
+    number,
+    pair_table,
+    run_table,
+    summary_table,
+    trajectory_table,
+    transformer_table,
+)
 
 if TYPE_CHECKING:
-    from flatkern.experiments.demo import DemoResult
+    from flatkern.experiments.result import Result
 
 __all__ = ["page", "render", "write_report"]
 
 
-def write_report(folder: Path, result: DemoResult) -> None:
+def write_report(folder: Path, result: Result) -> None:
     """Write the figures and ``report.html`` into a folder that exists."""
     save_figures(folder, result)
     (folder / "report.html").write_text(render(result), encoding="utf-8")
@@ -41,7 +52,7 @@ def page(template: str, **values: Any) -> str:
     return environment.get_template(template).render(css=css, js=js, **values)
 
 
-def render(result: DemoResult) -> str:
+def render(result: Result) -> str:
     """The page of a demo as text."""
     return page(
         "report.html.j2",
@@ -52,21 +63,38 @@ def render(result: DemoResult) -> str:
         panels=inline_panels(result),
         summary=summary_table(result),
         runs=run_table(result),
-        pairs=pair_table(result),
+        pairs=pair_table(result.correlations),
         matrix=matrix_table(result),
+        links={where: pair_table(found) for where, found in result.elsewhere.items()},
+        inequalities=inequality_table(result),
+        transformers=transformer_table(result),
+        trajectories=trajectory_table(result),
+        sections=result.config.sections,
         definitions=[
-            QUANTITIES[k] for k in dict.fromkeys((*PANELS, "log_volume", *CORRELATED, "test_accuracy"))
+            QUANTITIES[k]
+            for k in dict.fromkeys(
+                (
+                    *PANELS,
+                    "log_volume",
+                    *CORRELATED,
+                    "test_accuracy",
+                    *(("normalized_mls", "adaptive_sharpness") if result.transformers else ()),
+                )
+            )
         ],
         facts=_facts(result),
         expected_false_alarms=0.05 * len(result.correlations),
+        abstract=summarize(result.claims),
         HELD=HELD,
         NOT_HELD=NOT_HELD,
     )
 
 
-def _lead(result: DemoResult) -> dict[str, Any] | None:
+def _lead(result: Result) -> dict[str, Any] | None:
     """The main effect in numbers: from the smallest to the largest learning rate."""
     first, last = result.config.rate_sweep[0], result.config.rate_sweep[-1]
+    if not {first, last} <= set(result.config.settings):
+        return None
     found: dict[str, Any] = {"first": first, "last": last}
     for key in ("sqrt_sharpness", "log_volume_top3", "mls"):
         for end, setting in (("from", first), ("to", last)):
@@ -77,17 +105,19 @@ def _lead(result: DemoResult) -> dict[str, Any] | None:
     return found
 
 
-def _tally(result: DemoResult) -> dict[str, int]:
+def _tally(result: Result) -> dict[str, int]:
     verdicts = [c.verdict for c in result.claims]
     return {v: verdicts.count(v) for v in dict.fromkeys((HELD, NOT_HELD, *verdicts))}
 
 
-def _facts(result: DemoResult) -> list[tuple[str, str]]:
+def _facts(result: Result) -> list[tuple[str, str]]:
     config, env = result.config, result.environment
-    layers = "-".join(str(s) for s in result.sizes)
+    points = f"{len(config.schedule)} iterations" + (
+        " spaced logarithmically" if config.every is None else f", every {config.every}"
+    )
     facts = [
         ("images", f"{result.source}; {result.num_train:,} for training, {result.num_test:,} for the test"),
-        ("network", f"tanh MLP {layers}, PyTorch's default initialization, float32"),
+        ("network", f"{_network(result)}, PyTorch's default initialization, float32"),
         (
             "training",
             f"plain SGD, no momentum, no decay, nn.MSELoss to one-hot labels, {config.steps:,} iterations",
@@ -95,15 +125,24 @@ def _facts(result: DemoResult) -> list[tuple[str, str]]:
         ("settings", "; ".join(s.label for s in config.settings) + f"; {config.seeds} seeds each"),
         (
             "measured on",
-            f"the first {min(config.num_probe, result.num_train)} training images, at "
-            f"{len(result.runs[0].rows)} iterations spaced logarithmically",
+            f"the first {min(config.num_probe, result.num_train)} training images, at {points}",
         ),
         (
             "seeds",
             f"0 to {config.seeds - 1} for weights and order; {config.data_seed} for the choice of images",
         ),
-        ("preset", config.preset),
+        ("preset", config.preset + (f"; {config.scale}" if config.scale else "")),
         ("started", result.started),
         ("time", f"{result.wall_seconds:.0f} s wall, {result.cpu_seconds:.0f} s CPU (before the figures)"),
     ]
+    if not result.runs:
+        facts = [(name, text) for name, text in facts if name not in ("network", "settings", "measured on")]
     return facts + [(str(k).replace("_", " "), str(v)) for k, v in env.items()]
+
+
+def _network(result: Result) -> str:
+    config = result.config
+    if not takes_vectors(config.network):
+        return config.network
+    kind = "tanh" if config.network == "mlp-tanh" else "ReLU"
+    return f"{kind} MLP {'-'.join(str(s) for s in result.sizes)}"

@@ -18,7 +18,7 @@ from flatkern.experiments.training import Run
 from flatkern.report.style import DASHES, INK, MUTED, SERIES, log_label
 
 if TYPE_CHECKING:
-    from flatkern.experiments.demo import DemoResult
+    from flatkern.experiments.result import Result
 
 __all__ = [
     "MLS_CHAIN",
@@ -34,7 +34,13 @@ __all__ = [
 
 Array = NDArray[np.float64]
 MARKERS = ("o", "s", "^")
-MLS_CHAIN = (("log10_mls_a", "A"), ("log10_mls_b", "B"), ("log10_mls_c", "C"), ("log10_mls_d", "D"))
+MLS_CHAIN = (
+    ("log10_mls_a", "A"),
+    ("log10_mls_b", "B"),
+    ("log10_mls_c", "C"),
+    ("log10_mls_d", "D"),
+    ("log10_sqrt_sharpness", "√S"),
+)
 NMLS_CHAIN = (
     ("log10_nmls_nmls", "NMLS"),
     ("log10_nmls_per_sample", "per sample"),
@@ -80,7 +86,7 @@ def _table(runs: Sequence[Run], key: str) -> tuple[Array, Array]:
     return steps[kept], np.array([run.column(key) for run in runs])[:, kept]
 
 
-def sweep_panel(ax: Axes, result: DemoResult, sweep: Sequence[Setting], key: str) -> None:
+def sweep_panel(ax: Axes, result: Result, sweep: Sequence[Setting], key: str) -> None:
     """One quantity against iteration: a line a setting (mean over seeds), a band from lowest to highest seed."""
     quantity = QUANTITIES[key]
     for i, setting in enumerate(sweep):
@@ -96,8 +102,9 @@ def sweep_panel(ax: Axes, result: DemoResult, sweep: Sequence[Setting], key: str
         if len(below):
             ax.plot(steps[below[0]], middle[below[0]], "o", color=SERIES[i], markersize=4.5)
     iteration_axis(ax)
-    if quantity.log_axis:
-        log_values(ax)
+    low, high = ax.dataLim.intervaly
+    if quantity.log_axis and 0 < low < high < math.inf:
+        log_values(ax, decades=math.log10(high / low))
     else:
         ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     ax.set_title(quantity.title)
@@ -106,7 +113,7 @@ def sweep_panel(ax: Axes, result: DemoResult, sweep: Sequence[Setting], key: str
 
 def bound_panel(
     ax: Axes,
-    result: DemoResult,
+    result: Result,
     setting: Setting,
     chain: Sequence[tuple[str, str]],
     limits: tuple[float, float],
@@ -118,9 +125,11 @@ def bound_panel(
         for i, (key, label) in enumerate(chain):
             steps, logs = _table(runs, key)
             values = 10.0**logs
-            ax.plot(steps, 10.0 ** logs.mean(0), color=SERIES[i], linestyle=DASHES[i])
-            ax.fill_between(steps, values.min(0), values.max(0), color=SERIES[i], alpha=0.2, linewidth=0)
-            ends.append((float(logs.mean(0)[-1]), label, SERIES[i]))
+            colour, dash = (SERIES[i], DASHES[i]) if i < len(SERIES) else (MUTED, (0, (3, 1.5, 1, 1.5)))
+            ax.plot(steps, 10.0 ** logs.mean(0), color=colour, linestyle=dash)
+            ax.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
+            if math.isfinite(end := float(logs.mean(0)[-1])):  # a side that does not apply has no values
+                ends.append((end, label, colour))
         span = math.log10(limits[1] / limits[0])
         for y, label, colour in _spread(ends, 0.075 * span):
             ax.annotate(
@@ -143,12 +152,14 @@ def _spread(ends: list[tuple[float, str, str]], gap: float) -> list[tuple[float,
     placed: list[tuple[float, str, str]] = []
     for y, label, colour in sorted(ends):
         placed.append((max(y, placed[-1][0] + gap) if placed else y, label, colour))
+    if not placed:
+        return placed
     # centre the shift: what was pushed up is brought halfway back
     shift = sum(p[0] - e[0] for p, e in zip(placed, sorted(ends), strict=True)) / len(placed)
     return [(y - shift / 2, label, colour) for y, label, colour in placed]
 
 
-def scatter_panel(ax: Axes, result: DemoResult, key: str) -> None:
+def scatter_panel(ax: Axes, result: Result, key: str) -> None:
     """One quantity against √S at the end of training, a dot a run; colour is the rate, shape the batch size."""
     config = result.config
     for setting in config.settings:

@@ -11,18 +11,22 @@ from typing import TYPE_CHECKING
 from flatkern.experiments.quantities import QUANTITIES, final_value
 
 if TYPE_CHECKING:
-    from flatkern.experiments.demo import DemoResult
+    from flatkern.experiments.correlation import Correlation
+    from flatkern.experiments.result import Result
 
 __all__ = [
     "SUMMARY",
     "Cell",
     "Table",
+    "inequality_table",
     "matrix_table",
     "number",
     "pair_table",
     "run_table",
     "spread",
     "summary_table",
+    "trajectory_table",
+    "transformer_table",
 ]
 
 SUMMARY = (
@@ -92,7 +96,7 @@ def _heading(key: str) -> tuple[str, str]:
     return (q.symbol if key == "sqrt_sharpness" else q.title), q.definition
 
 
-def summary_table(result: DemoResult, most_decimals: int = 4) -> Table:
+def summary_table(result: Result, most_decimals: int = 4) -> Table:
     """One line a setting: mean ± standard deviation over seeds, at the end of training."""
     rows = []
     for setting in result.config.settings:
@@ -110,7 +114,7 @@ def summary_table(result: DemoResult, most_decimals: int = 4) -> Table:
     return Table(headings, rows)
 
 
-def run_table(result: DemoResult) -> Table:
+def run_table(result: Result) -> Table:
     """One line a run, at the end of training."""
     keys = (*SUMMARY, "log_volume", "log10_mls_d", "log10_nmls_bound")
     rows = [
@@ -131,10 +135,10 @@ def run_table(result: DemoResult) -> Table:
     return Table(headings, rows)
 
 
-def pair_table(result: DemoResult) -> Table:
+def pair_table(correlations: Sequence[Correlation]) -> Table:
     """One line a pair of quantities: both coefficients, their intervals, corrected p-values."""
     rows = []
-    for c in result.correlations:
+    for c in correlations:
         line = [Cell(_heading(c.first)[0]), Cell(_heading(c.second)[0])]
         for k in (c.pearson, c.spearman):
             line += [
@@ -160,7 +164,7 @@ def pair_table(result: DemoResult) -> Table:
     )
 
 
-def matrix_table(result: DemoResult) -> Table:
+def matrix_table(result: Result) -> Table:
     """Pearson's r of every pair as a triangle, tinted by size."""
     keys = list(dict.fromkeys(k for c in result.correlations for k in (c.first, c.second)))
     known = {(c.first, c.second): c.pearson for c in result.correlations}
@@ -172,6 +176,99 @@ def matrix_table(result: DemoResult) -> Table:
             line.append(Cell(_fixed(r.value), r.value, 0.0 if math.isnan(r.value) else r.value))
         rows.append(line + [Cell("")] * (len(keys) - 1 - i))
     return Table([("", ""), *map(_heading, keys[:-1])], rows)
+
+
+def inequality_table(result: Result) -> Table:
+    """One line an inequality and kind of samples: how often it held, and how many points lie how far from equality."""
+    decades = sorted({d for check in result.inequalities for d in check.decades})
+    rows = []
+    for check in result.inequalities:
+        low, median, high = check.looseness
+        rows.append(
+            [
+                Cell(check.name),
+                Cell(check.samples),
+                *(Cell(str(n), n) for n in (check.checked, check.violated, check.not_applicable)),
+                *(Cell(number(v, 2), v) for v in (low, median, high)),
+                *(Cell(str(n) if (n := check.decades.get(d, 0)) else "", n) for d in decades),
+            ]
+        )
+    spread_of = "Decades between the outer sides, over all points and runs: "
+    return Table(
+        [
+            ("inequality", ""),
+            ("samples", "Which samples both sides were taken on."),
+            ("checked", "Measurement points of all runs where the inequality applies."),
+            ("violated", "Points where it did not hold."),
+            ("n/a", "Points where it does not apply, such as for shared weights."),
+            ("tightest", spread_of + "the smallest."),
+            ("median", spread_of + "the median."),
+            ("loosest", spread_of + "the largest."),
+            *(
+                (f"{d} to {d + 1}", f"Points whose outer sides are {d} to {d + 1} decades apart.")
+                for d in decades
+            ),
+        ],
+        rows,
+    )
+
+
+def trajectory_table(result: Result) -> Table:
+    """One line a quantity: how it goes with √S over the checkpoints of a run's last phase."""
+    rows = [
+        [
+            Cell(QUANTITIES[t.key].title),
+            Cell(str(len(t.coefficients)), len(t.coefficients)),
+            Cell(_fixed(t.mean), t.mean),
+            Cell(f"{_fixed(t.low)} to {_fixed(t.high)}" if math.isfinite(t.low) else "–", t.low),
+            Cell(_fixed(min(t.coefficients, default=math.nan))),
+            Cell(_fixed(max(t.coefficients, default=math.nan))),
+        ]
+        for t in result.trajectories
+    ]
+    return Table(
+        [
+            ("quantity", ""),
+            ("runs", "Those with at least four measurement points in the last phase."),
+            ("mean r", "Mean over runs of Pearson's r between √S and the quantity."),
+            ("interval", "95 % bootstrap interval of the mean (BCa, runs resampled); needs four runs."),
+            ("lowest", "Lowest r of a run."),
+            ("highest", "Highest r of a run."),
+        ],
+        rows,
+    )
+
+
+def transformer_table(result: Result) -> Table | None:
+    """One line a model."""
+    if result.transformers is None:
+        return None
+    rows = []
+    for row in result.transformers.rows:
+        line = [Cell(str(row["model"]))]
+        for key in ("parameters", "learning_rate", "seed", "train_loss", "test_accuracy"):
+            if key in row:
+                line.append(
+                    Cell(f"{row[key]:,}" if key == "parameters" else number(float(row[key])), float(row[key]))
+                )
+        for key in ("adaptive_sharpness", "normalized_mls"):
+            value, error = float(row[key]), float(row[f"{key}_stderr"])
+            line.append(Cell(f"{number(value)} ± {number(error, 2)}", value))
+        rows.append(line)
+    trained = (
+        []
+        if result.transformers.pretrained
+        else [("lr", ""), ("seed", ""), *map(_heading, ("train_loss", "test_accuracy"))]
+    )
+    return Table(
+        [
+            ("model", ""),
+            ("parameters", ""),
+            *trained,
+            *map(_heading, ("adaptive_sharpness", "normalized_mls")),
+        ],
+        rows,
+    )
 
 
 def _fixed(value: float) -> str:

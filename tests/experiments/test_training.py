@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from flatkern.experiments.data import Dataset, load
+from flatkern.experiments.networks import build_mlp
 from flatkern.experiments.parallel import train_all
 from flatkern.experiments.schedule import log_schedule
 from flatkern.experiments.settings import DemoConfig, Setting, for_data, full, paper, quick
-from flatkern.experiments.sgd import BatchStream, Ensemble, build_mlp
+from flatkern.experiments.sgd import BatchStream, Ensemble
 from flatkern.experiments.training import train_setting
 
 

@@ -77,3 +77,22 @@ def test_derivatives(c):
     with using("compiled"):
         for transform in (torch.func.grad, lambda f: torch.func.jacrev(torch.func.grad(f))):
             torch.testing.assert_close(transform(f)(x.cuda()).cpu(), transform(f)(x), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("c", [3, 10, 40, 128])
+@pytest.mark.parametrize("condition", [1e6, 1e10])
+def test_lost_digits_are_found_on_the_device(c, condition):
+    x = rows(20, c, c + 5, condition)
+    x[3, -1] = x[3, 0]
+    with using("compiled"):
+        stats = kernels.gram_stats(x.cuda())
+        leaf = x.cuda().requires_grad_()
+        (got,) = torch.autograd.grad(kernels.gram_stats(leaf).logdet[:3].sum(), leaf)
+    assert stats.rank_deficient.cpu().tolist() == [i == 3 for i in range(20)]
+    assert stats.bad_pivots[3] == 1
+    kept = [i for i in range(20) if i != 3]
+    error = (stats.logdet.cpu() - oracle_rows_logdet(x)).abs()[kept].max()
+    assert error < 1e-13 * condition * c + 1e-6
+    U, S, Vh = torch.linalg.svd(x[:3], full_matrices=False)
+    expected = 2 * (U / S[:, None]) @ Vh
+    assert ((got[:3].cpu() - expected).abs().amax() / expected.abs().amax()) < 1e-4

@@ -117,7 +117,13 @@ def test_empty_sizes(which, dtype):
         assert kernels.gram(torch.zeros(2, 0, 3, dtype=dtype)).shape == (2, 0, 0)
 
 
-FUNCTIONS = [kernels.spd_logdet, kernels.gram, kernels.gram_stats]
+FUNCTIONS = [
+    kernels.spd_logdet,
+    kernels.gram,
+    kernels.gram_stats,
+    kernels.gram_singular_values,
+    kernels.gram_spectrum,
+]
 
 
 @both

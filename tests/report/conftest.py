@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from flatkern.experiments.demo import DemoResult, run_demo
+from flatkern.experiments.demo import run_demo
+from flatkern.experiments.result import Result
 from flatkern.experiments.settings import quick
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoResult:
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Result:
     config = replace(
         quick(),
         data="digits",
@@ -30,5 +31,5 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoResult:
 
 
 @pytest.fixture(scope="session")
-def output(demo: DemoResult) -> Path:
+def output(demo: Result) -> Path:
     return demo.config.output

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 import flatkern as fk
 from flatkern.experiments.claims import HELD
 from flatkern.experiments.data import load
-from flatkern.experiments.demo import DemoResult
 from flatkern.experiments.quantities import CORRELATED, PANELS, QUANTITIES
+from flatkern.experiments.result import Result
 from flatkern.experiments.sgd import mlp_from
 from flatkern.report.panels import MLS_CHAIN, bound_panel, scatter_panel, spectrum_panel, sweep_panel
 from flatkern.report.tables import number, spread, summary_table
@@ -39,7 +39,7 @@ def last(rows: list[dict[str, str]], lr: float, batch: int, seed: int) -> dict[s
     ][-1]
 
 
-def test_every_run_and_point_is_there(demo: DemoResult, rows: list[dict[str, str]]) -> None:
+def test_every_run_and_point_is_there(demo: Result, rows: list[dict[str, str]]) -> None:
     assert len(demo.runs) == 10
     steps = demo.runs[0].column("step")
     assert steps[0] == 0
@@ -47,9 +47,7 @@ def test_every_run_and_point_is_there(demo: DemoResult, rows: list[dict[str, str
     assert len(rows) == 10 * len(steps)
 
 
-def test_final_rows_equal_explicit_jacobians(
-    demo: DemoResult, rows: list[dict[str, str]], saved: dict
-) -> None:
+def test_final_rows_equal_explicit_jacobians(demo: Result, rows: list[dict[str, str]], saved: dict) -> None:
     """Per sample, in float64, by autograd: nothing of fk.geometry is used."""
     for run in demo.runs[::3]:
         model = mlp_from(saved["sizes"], saved["weights"][run.name]).double()
@@ -84,9 +82,7 @@ def test_final_rows_equal_explicit_jacobians(
         assert float(row["sqrt_sharpness"]) == pytest.approx(math.sqrt(float(row["sharpness"])))
 
 
-def test_final_rows_equal_geometry_and_bounds(
-    demo: DemoResult, rows: list[dict[str, str]], saved: dict
-) -> None:
+def test_final_rows_equal_geometry_and_bounds(demo: Result, rows: list[dict[str, str]], saved: dict) -> None:
     run = demo.runs[-1]
     model = mlp_from(saved["sizes"], saved["weights"][run.name])
     g = fk.geometry(model, saved["probe"])
@@ -94,15 +90,14 @@ def test_final_rows_equal_geometry_and_bounds(
     assert float(row["nmls"]) == pytest.approx(g.nmls.value, rel=1e-6)
     assert float(row["normalized_mls"]) == pytest.approx(g.normalized_mls.value, rel=1e-6)
     sides = fk.bounds(model, saved["probe"], geometry=g)["MLS"].sides
+    sides = sides | {"√S": 0.5 * math.log(g.sharpness.value)}
     for key, label in MLS_CHAIN:
         assert float(row[key]) == pytest.approx(sides[label] / math.log(10), abs=1e-6)
     assert float(row["log10_mls_a"]) == pytest.approx(math.log10(float(row["mls"])), abs=1e-9)
     assert row["status_mls"] == "holds"
 
 
-def test_losses_are_those_of_the_saved_weights(
-    demo: DemoResult, rows: list[dict[str, str]], saved: dict
-) -> None:
+def test_losses_are_those_of_the_saved_weights(demo: Result, rows: list[dict[str, str]], saved: dict) -> None:
     config = demo.config
     data = load("digits", num_train=config.num_train, num_test=config.num_test)
     run = demo.runs[2]
@@ -118,7 +113,7 @@ def test_losses_are_those_of_the_saved_weights(
     assert float(row["generalization_gap"]) == pytest.approx(test - 5 * mse, rel=1e-4)
 
 
-def test_six_panels_show_the_measurements(demo: DemoResult, rows: list[dict[str, str]]) -> None:
+def test_six_panels_show_the_measurements(demo: Result, rows: list[dict[str, str]]) -> None:
     for sweep in (demo.config.rate_sweep, demo.config.batch_sweep):
         for key in PANELS:
             ax = Figure().add_subplot()
@@ -141,7 +136,7 @@ def test_six_panels_show_the_measurements(demo: DemoResult, rows: list[dict[str,
                 assert edge.max() == pytest.approx(values.max())
 
 
-def test_bound_and_scatter_panels_show_the_measurements(demo: DemoResult) -> None:
+def test_bound_and_scatter_panels_show_the_measurements(demo: Result) -> None:
     setting = demo.config.middle
     runs = [r for r in demo.runs if r.setting == setting]
     ax = Figure().add_subplot()
@@ -149,7 +144,7 @@ def test_bound_and_scatter_panels_show_the_measurements(demo: DemoResult) -> Non
     for (key, _), line in zip(MLS_CHAIN, ax.lines, strict=True):
         expected = np.mean([r.column(key)[1:] for r in runs], axis=0)
         np.testing.assert_allclose(np.log10(line.get_ydata()), expected, atol=1e-9)
-    assert [t.get_text() for t in ax.texts] == ["A", "B", "C", "D"]
+    assert [t.get_text() for t in ax.texts] == ["A", "B", "C", "D", "√S"]
     ax = Figure().add_subplot()
     scatter_panel(ax, demo, "mls")
     assert sorted(v for line in ax.lines for v in line.get_ydata()) == pytest.approx(
@@ -157,7 +152,7 @@ def test_bound_and_scatter_panels_show_the_measurements(demo: DemoResult) -> Non
     )
 
 
-def test_correlations_are_those_of_the_final_values(demo: DemoResult, output: Path) -> None:
+def test_correlations_are_those_of_the_final_values(demo: Result, output: Path) -> None:
     with (output / "correlations.csv").open(encoding="utf-8") as file:
         table = list(csv.DictReader(file))
     assert len(table) == len(CORRELATED) * (len(CORRELATED) - 1) // 2
@@ -168,7 +163,7 @@ def test_correlations_are_those_of_the_final_values(demo: DemoResult, output: Pa
     assert float(found["pearson_low"]) <= expected <= float(found["pearson_high"])
 
 
-def test_spectrum_equals_the_explicit_hessian(demo: DemoResult, saved: dict) -> None:
+def test_spectrum_equals_the_explicit_hessian(demo: Result, saved: dict) -> None:
     s = demo.spectrum
     assert s is not None
     config = demo.config
@@ -195,7 +190,7 @@ def test_spectrum_equals_the_explicit_hessian(demo: DemoResult, saved: dict) -> 
     assert ax.lines[0].get_ydata().max() == pytest.approx(s.density.max() * s.parameters)
 
 
-def test_json_repeats_the_csv(demo: DemoResult, output: Path, rows: list[dict[str, str]]) -> None:
+def test_json_repeats_the_csv(demo: Result, output: Path, rows: list[dict[str, str]]) -> None:
     found = json.loads((output / "results.json").read_text(encoding="utf-8"))
     flat = [row for run in found["runs"] for row in run["measurements"]]
     assert [r["sharpness"] for r in flat] == [float(r["sharpness"]) for r in rows]
@@ -206,7 +201,7 @@ def test_json_repeats_the_csv(demo: DemoResult, output: Path, rows: list[dict[st
     assert len(found["spectrum"]["density"]) == len(found["spectrum"]["grid"])
 
 
-def test_every_inequality_held_everywhere(demo: DemoResult) -> None:
+def test_every_inequality_held_everywhere(demo: Result) -> None:
     assert {c.name for c in demo.inequalities} >= {"mls", "nmls", "lvr", "ma_ying", "normalized_mls"}
     for check in demo.inequalities:
         assert (check.violated, check.not_applicable) == (0, 0)
@@ -217,7 +212,7 @@ def test_every_inequality_held_everywhere(demo: DemoResult) -> None:
     assert all(c.verdict == HELD for c in bounded)
 
 
-def test_summary_is_mean_and_deviation_over_seeds(demo: DemoResult) -> None:
+def test_summary_is_mean_and_deviation_over_seeds(demo: Result) -> None:
     table = summary_table(demo)
     column = [title for title, _ in table.headings].index("MLS")
     for setting, row in zip(demo.config.settings, table.rows, strict=True):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flatkern.experiments.claims import NOT_HELD, Claim, InequalityCheck, check_inequalities, judge
-from flatkern.experiments.demo import DemoResult
+from flatkern.experiments.result import Result
 from flatkern.report.html import render
 from flatkern.report.tables import summary_table
 
@@ -79,7 +79,7 @@ def test_figures_are_inline_and_take_the_pages_colours(html: str) -> None:
     assert "prefers-color-scheme: dark" in html
 
 
-def test_numbers_claims_and_definitions_are_on_the_page(demo: DemoResult, page: Page, html: str) -> None:
+def test_numbers_claims_and_definitions_are_on_the_page(demo: Result, page: Page, html: str) -> None:
     text = " ".join(" ".join(page.text).split())
     for row in summary_table(demo).rows:
         for cell in row:
@@ -103,12 +103,13 @@ def test_all_files_are_there(output: Path) -> None:
         "hessian-spectrum",
     )
     expected = {f"{name}.{end}" for name in figures for end in ("png", "svg")}
-    expected |= {"report.html", "measurements.csv", "correlations.csv", "results.json", "final_weights.pt"}
+    expected |= {"report.html", "measurements.csv", "correlations.csv", "inequalities.csv", "results.json"}
+    expected |= {"final_weights.pt"}
     assert {p.name for p in output.iterdir()} == expected
     assert (output / "bounds.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_page_says_when_a_claim_fails(demo: DemoResult) -> None:
+def test_the_page_says_when_a_claim_fails(demo: Result) -> None:
     failed = Claim("Volume grows on trees", NOT_HELD, "0 of 3 <trees>")
     html = render(replace(demo, claims=[failed], spectrum=None))
     assert "✗ did not hold" in html
@@ -116,7 +117,7 @@ def test_the_page_says_when_a_claim_fails(demo: DemoResult) -> None:
     assert "Hessian's spectral density" not in html
 
 
-def test_a_violated_inequality_is_counted(demo: DemoResult) -> None:
+def test_a_violated_inequality_is_counted(demo: Result) -> None:
     run = replace(demo.runs[0], rows=[dict(r) for r in demo.runs[0].rows])
     run.rows[0]["status_mls"] = "violated"
     run.rows[1]["status_mls"] = "not applicable"
@@ -129,7 +130,7 @@ def test_a_violated_inequality_is_counted(demo: DemoResult) -> None:
     assert claim.verdict == NOT_HELD
 
 
-def test_trends_are_judged_by_the_numbers(demo: DemoResult) -> None:
+def test_trends_are_judged_by_the_numbers(demo: Result) -> None:
     """Every verdict on a learning rate must be the order of the means, forwards and with the rates swapped."""
     for rates in (demo.config.learning_rates, demo.config.learning_rates[::-1]):
         config = replace(demo.config, learning_rates=rates, last_phase=10.0)
@@ -143,7 +144,7 @@ def test_trends_are_judged_by_the_numbers(demo: DemoResult) -> None:
             assert claim.verdict == expected
 
 
-def test_a_diverged_run_is_said_and_left_out(demo: DemoResult) -> None:
+def test_a_diverged_run_is_said_and_left_out(demo: Result) -> None:
     runs = [
         replace(r, diverged=True, rows=[*r.rows[:-1], {"train_loss": float("nan")}]) for r in demo.runs[:1]
     ]
@@ -157,7 +158,7 @@ def test_a_diverged_run_is_said_and_left_out(demo: DemoResult) -> None:
     )
 
 
-def test_trends_are_undecided_before_the_last_phase(demo: DemoResult) -> None:
+def test_trends_are_undecided_before_the_last_phase(demo: Result) -> None:
     config = replace(demo.config, last_phase=1e-30)
     claims = judge(config, demo.runs, demo.correlations)
     trends = [c for c in claims if c.statement.startswith(("At the end", "Across runs", "Within"))]
