@@ -8,6 +8,7 @@ PYTHON      ?= python3
 CONSTRAINTS ?= requirements/constraints.txt
 VENV        := .venv
 BIN         := $(VENV)/bin
+WORKERS     ?= 2
 PYTEST      := $(BIN)/python -m pytest
 SOURCES     := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
@@ -60,10 +61,10 @@ demo: setup
 	$(BIN)/flatkern demo
 
 test: setup
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow" -n $(WORKERS) --dist loadfile
 
 test-all: setup
-	$(PYTEST)
+	$(PYTEST) -n $(WORKERS) --dist loadfile
 
 # the C++ tests of every instruction set under AddressSanitizer and UndefinedBehaviorSanitizer; needs CMake alone
 test-sanitize:
