@@ -14,13 +14,13 @@ __all__ = ["ProgramTrial", "program_block"]
 SINGLES = 8
 """So many single products are done before programs are tried for single vectors: a trial costs about as much."""
 GAIN = 0.95
-SHORT = 0.1
-"""Seconds a vector below which a measurement is repeated; in all, below which it is repeated more often."""
+SHORT = 0.05
+"""Seconds below which a measurement is repeated more often."""
 
 
 def program_block(asked: int | None, limit: int) -> BlockSize:
     """The block size for tangent programs."""
-    block = BlockSize(asked, sizes=(2, 4), gain=0.97)
+    block = BlockSize(asked, gain=0.97)
     block.limit = limit
     return block
 
@@ -65,14 +65,20 @@ class ProgramTrial:
         ways = [(graph, graph_block), (program, block)]
         steps = [b.size(partial(images, linear, parts=parts), rows) for linear, b in ways]
 
-        def run(which: int) -> None:
+        def a_vector(which: int) -> float:
+            """Seconds a vector of one pass, or of two single ones."""
             linear, step = ways[which][0], steps[which]
-            for start in range(0, len(rows), step):
-                images(linear, rows[start : start + step] if step > 1 else rows[start], parts)
+            few = rows[: max(step, 2)]
 
-        turns = [(seconds(partial(run, 0)), seconds(partial(run, 1)))]
-        most = 7 if max(turns[0]) < SHORT else 3 if max(turns[0]) < SHORT * len(rows) else 1
-        while len(turns) < most:
-            turns.append((seconds(partial(run, 0)), seconds(partial(run, 1))))
+            def run() -> None:
+                for start in range(0, len(few), step):
+                    images(linear, few[start : start + step] if step > 1 else few[start], parts)
+
+            return seconds(run) / len(few)
+
+        # in turns, and no more often than the answer is worth: many runs are a few hundred products
+        turns = [(a_vector(0), a_vector(1)) for _ in range(2)]
+        if max(turns[0]) < SHORT:
+            turns += [(a_vector(0), a_vector(1)) for _ in range(2)]
         with_graph, with_program = (min(times) for times in zip(*turns, strict=True))
         return with_program < GAIN * with_graph

@@ -199,7 +199,7 @@ def _fastest_size(apply: Apply, rows: Tensor, sizes: Sequence[int], gain: float)
     sizes = (*sizes, len(rows))
     turns = [
         [seconds(alone) / 2, *(seconds(partial(apply, rows[:size])) / size for size in sizes)]
-        for _ in range(3)
+        for _ in range(2)
     ]
     single, *batched = (min(times) for times in zip(*turns, strict=True))
     best = min(batched)
