@@ -64,7 +64,7 @@ test: setup
 	$(PYTEST) -m "not slow" -n $(WORKERS) --dist loadfile
 
 test-all: setup
-	$(PYTEST) -n $(WORKERS) --dist loadfile
+	$(PYTEST)
 
 # the C++ tests of every instruction set under AddressSanitizer and UndefinedBehaviorSanitizer; needs CMake alone
 test-sanitize:
