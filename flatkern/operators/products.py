@@ -6,7 +6,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -136,7 +135,6 @@ class BlockSize:
 
     Args:
         asked: the size, or ``None`` for measuring.
-        sizes: what to try beside 1 and as many vectors as there are.
         gain: several vectors go into one pass where that takes less than this share of the time.
 
     Attributes:
@@ -144,10 +142,10 @@ class BlockSize:
         limit: the most vectors whose working set fits into memory.
     """
 
-    def __init__(self, asked: int | None, sizes: Sequence[int] = (), gain: float = 0.9) -> None:
+    def __init__(self, asked: int | None, gain: float = 0.9) -> None:
         if asked is not None and (not isinstance(asked, int) or isinstance(asked, bool) or asked < 1):
             raise ValueError(f"block_size: expected an integer of at least 1 or None, got {asked!r}")
-        self._measure, self._sizes, self._gain = asked is None, sizes, gain
+        self._measure, self._gain = asked is None, gain
         self.chosen, self.limit, self._tried = asked, 1, 1
 
     def fix(self, size: int) -> None:
@@ -162,8 +160,7 @@ class BlockSize:
         if most > self._tried and (self._measure or self._tried == 1):
             self._tried = most
             if self._measure:
-                between = [size for size in self._sizes if 1 < size < most]
-                self.chosen = _fastest_size(apply, rows[:most], between, self._gain)
+                self.chosen = _faster_size(apply, rows[:most], self._gain)
             elif not _can_batch(apply, rows[:2]):
                 self.chosen = 1
         return self.chosen or 1
@@ -186,7 +183,7 @@ def images_agree(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
     return bool((a - b).norm() <= tolerance * b.norm())
 
 
-def _fastest_size(apply: Apply, rows: Tensor, sizes: Sequence[int], gain: float) -> int:
+def _faster_size(apply: Apply, rows: Tensor, gain: float) -> int:
     if not _can_batch(apply, rows):  # a first pass is slower: it is not timed
         return 1
 
@@ -195,15 +192,10 @@ def _fastest_size(apply: Apply, rows: Tensor, sizes: Sequence[int], gain: float)
             apply(row)
 
     alone()
-    # in turns, so that other work on the machine hits all
-    sizes = (*sizes, len(rows))
-    turns = [
-        [seconds(alone) / 2, *(seconds(partial(apply, rows[:size])) / size for size in sizes)]
-        for _ in range(2)
-    ]
-    single, *batched = (min(times) for times in zip(*turns, strict=True))
-    best = min(batched)
-    return sizes[batched.index(best)] if best < gain * single else 1
+    # in turns, so that other work on the machine hits both
+    turns = [(seconds(alone) / 2, seconds(lambda: apply(rows)) / len(rows)) for _ in range(2)]
+    single, batched = (min(times) for times in zip(*turns, strict=True))
+    return len(rows) if batched < gain * single else 1
 
 
 def forward_is_faster(
