@@ -9,17 +9,18 @@ CONSTRAINTS ?= requirements/constraints.txt
 VENV        := .venv
 BIN         := $(VENV)/bin
 WORKERS     ?= 2
+WHEEL_TORCH ?= 2.13.0 2.14.1
 PYTEST      := $(BIN)/python -m pytest
 SOURCES     := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # a failed build of the compiled side is an error here, never a silent fall-back
 export FLATKERN_BUILD := required
 
-.PHONY: setup demo test test-all test-sanitize lint format bench peers docs docs-setup cuda-check clean help
+.PHONY: setup demo test test-all test-sanitize lint format bench peers docs docs-setup cuda-check wheel-check clean help
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^#   //p' Makefile; echo "also: setup test-all test-sanitize lint format bench peers docs-setup cuda-check clean"
+	@sed -n 's/^#   //p' Makefile; echo "also: setup test-all test-sanitize lint format bench peers docs-setup cuda-check wheel-check clean"
 
 $(VENV)/.deps: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "flatkern needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'
@@ -88,6 +89,10 @@ bench: setup
 
 cuda-check: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash csrc/cuda/check.sh
+
+# one wheel in fresh environments with each of these torches, built beside the first; not in CI: 5 GB for the second
+wheel-check:
+	$(PYTHON) tests/wheel/check.py $(WHEEL_TORCH)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info flatkern-demo flatkern/*.so flatkern/_build_info.json .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -49,10 +49,15 @@ def option(name: str, allowed: tuple[str, ...]) -> str:
 
 
 def package_dir(name: str) -> Path | None:
-    """Where an installed package lies, without importing it."""
+    """Where an installed package lies, without importing it.
+
+    pip hides the environment's own packages from an isolated build (`pip wheel .`), but they are where they were.
+    """
     spec = importlib.util.find_spec(name)
     places = list(spec.submodule_search_locations or []) if spec else []
-    return Path(places[0]) if places else None
+    installed = (Path(sysconfig.get_path(where)) / name for where in ("platlib", "purelib"))
+    found = [Path(p) for p in places] + [p for p in installed if (p / "__init__.py").exists()]
+    return found[0] if found else None
 
 
 def find_nvcc() -> str | None:
@@ -90,7 +95,10 @@ class Plan:
     def make(cls) -> Plan:
         torch = package_dir("torch")
         if torch is None or not (torch / "include" / "torch" / "csrc" / "stable").is_dir():
-            raise BuildError("torch >= 2.11 with its headers is not installed (use --no-build-isolation)")
+            raise BuildError(
+                "torch >= 2.11 with its headers is not installed here: install it first "
+                "(where the build has an environment of its own, as with uv: --no-build-isolation)"
+            )
         bundled = package_dir("pybind11")
         pybind = bundled / "include" if bundled else torch / "include"
         cxx = os.environ.get("CXX", "") or "g++"
