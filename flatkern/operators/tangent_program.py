@@ -46,6 +46,9 @@ class TangentProgram:
             needed.update(rule.inputs)
             rules.append(rule)
         self._rules = rules[::-1]
+        for rule in self._rules:
+            if len(rule.outputs) == 1 and rule.outputs[0] not in self._targets:
+                rule.meet([other for other in rules if rule.outputs[0] in other.inputs])
         self._arrange_images()
         self._plans: dict[tuple[tuple[bool, ...], tuple[int, ...]], list[Step]] = {}
 

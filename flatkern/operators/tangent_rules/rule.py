@@ -61,6 +61,9 @@ class Rule(ABC):
         """Whether an output may share memory with an input, given which inputs have tangents."""
         return False
 
+    def meet(self, consumers: Sequence[Rule]) -> None:
+        """Told once, before the first run, which rules take the output, where nothing else does."""
+
     takes_place = False
     """Whether :meth:`run_into` can write the one output where it is wanted."""
 
