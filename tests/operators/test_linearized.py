@@ -18,6 +18,8 @@ from explicit import (
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from flatkern import kernels
+from flatkern.kernels._select import compiled_available, using
 from flatkern.operators import choosing, fisher, ggn, hessian
 from flatkern.operators.tangent_rules import pointwise, rule
 
@@ -119,6 +121,49 @@ def test_a_callable_loss_and_a_loss_of_the_models_own():
         mode="linearized",
     )
     assert_close(op.to_dense(), expected)
+
+
+def log_probability_too(output, target):
+    """Takes the logarithms of the probabilities for something else beside the classes' loss."""
+    y = output.log_softmax(1)
+    return F.nll_loss(y, target) + y.square().mean()
+
+
+def spatial(output, target):
+    """Classes on a middle axis."""
+    return F.cross_entropy(output.reshape(-1, 3, 1).expand(-1, 3, 2), target[:, None].expand(-1, 2))
+
+
+@pytest.mark.parametrize("which", ["compiled", "reference"])
+@pytest.mark.parametrize(
+    ("loss", "taken"),
+    [(F.cross_entropy, True), (spatial, True), (log_probability_too, False)],
+    ids=["alone", "middle", "beside"],
+)
+def test_cross_entropy_by_its_kernel_where_nothing_else_takes_the_tangent(monkeypatch, which, loss, taken):
+    if which == "compiled" and not compiled_available():
+        pytest.skip("no compiled kernels")
+    model, x = make("mlp tanh")
+    y = classes(11)
+    expected = explicit_hessian(model, loss, x, y)
+    made = []
+    own = kernels.cross_entropy_hvp
+    monkeypatch.setattr(kernels, "cross_entropy_hvp", lambda *a, **k: made.append(1) or own(*a, **k))
+    op = hessian(model, loss, (x, y), reduction="mean", mode="linearized")
+    v = torch.randn(op.shape[0], 3, dtype=op.dtype)
+    with using(which):
+        for w in (v, v[:, 0]):
+            made.clear()
+            assert_close(op @ w, expected @ w)
+            assert bool(made) == taken
+
+
+def test_cross_entropy_of_a_model_in_bfloat16():
+    model, x = make("mlp tanh")
+    model, x = model.bfloat16(), x.bfloat16()
+    one, other = (hessian(model, CE, (x, classes(11)), mode=mode) for mode in ("linearized", "kept"))
+    v = torch.randn(one.shape[0], 2)
+    torch.testing.assert_close(one @ v, other @ v, rtol=0.05, atol=0.02 * float((other @ v).abs().max()))
 
 
 @pytest.mark.parametrize("kind", ["mc", "empirical"])

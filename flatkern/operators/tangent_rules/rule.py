@@ -63,6 +63,7 @@ class Rule(ABC):
 
     def meet(self, consumers: Sequence[Rule]) -> None:
         """Told once, before the first run, which rules take the output, where nothing else does."""
+        return
 
     takes_place = False
     """Whether :meth:`run_into` can write the one output where it is wanted."""
