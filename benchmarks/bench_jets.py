@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import random
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -22,30 +20,16 @@ from torch import Tensor, nn
 
 import flatkern as fk
 from benchmarks.bench_hessian_trace import LOSS, MODELS, train
-from benchmarks.timing import save
+from benchmarks.operator_problems import Block
+from benchmarks.timing import minima, save
 from flatkern import kernels
 from flatkern.experiments.data import load
 from flatkern.losses import TokenCrossEntropyLoss
+from flatkern.operators import HessianOperator
+from flatkern.operators.tangent_rules import softmax as softmax_rules
 from flatkern.residual import elementwise
 
 Formula = Callable[..., tuple[Tensor, ...]]
-
-
-def minima(functions: dict[str, Callable[[], object]], seconds: float, least: int = 7) -> dict[str, float]:
-    """The smallest CPU time of each function, in µs, over rounds in drawn orders that take so many seconds together."""
-    best = dict.fromkeys(functions, math.inf)
-    order = list(functions.items())
-    for _, function in order:
-        function()
-    draw, begun, rounds = random.Random(0), time.process_time(), 0
-    while rounds < least or time.process_time() - begun < seconds:
-        draw.shuffle(order)
-        for name, function in order:
-            start = time.thread_time()
-            function()
-            best[name] = min(best[name], time.thread_time() - start)
-        rounds += 1
-    return {name: 1e6 * value for name, value in best.items()}
 
 
 # -- the shortest formulas in PyTorch --------------------------------------------------------------------------
@@ -256,6 +240,9 @@ def library_rows(seconds: float) -> list[dict[str, Any]]:
                 f"GGN product, {vocabulary:,} classes, 128 tokens, width 64", minima(functions, seconds)
             )
         )
+    for vocabulary in (1000, 10000):
+        for vectors in (1, 8):
+            out.append(hessian_row(vocabulary, vectors, seconds))
     data = load("digits-mnist", num_train=64, num_test=10).train
     for name in ("MLP GELU", "MLP tanh", "VGG GELU", "ViT GELU"):
         torch.manual_seed(0)
@@ -277,6 +264,32 @@ def library_rows(seconds: float) -> list[dict[str, Any]]:
             )
         )
     return out
+
+
+def hessian_row(vocabulary: int, vectors: int, seconds: float) -> dict[str, Any]:
+    """Products with the Hessian by tangent programs, of a small transformer with many classes."""
+    width = 128
+    model = nn.Sequential(
+        nn.Embedding(vocabulary, width),
+        Block(width, 4),
+        Block(width, 4),
+        nn.LayerNorm(width),
+        nn.Linear(width, vocabulary),
+    )
+    data = torch.randint(vocabulary, (4, 64)), torch.randint(vocabulary, (4, 64))
+
+    def build() -> HessianOperator:
+        return fk.hessian(model, TokenCrossEntropyLoss(), data, mode="linearized", block_size=vectors)
+
+    operator = build()
+    with patch.object(softmax_rules.LogSoftmax, "meet", lambda rule, consumers: None):  # rule by rule
+        plain = build()
+        v = torch.randn(vectors, operator.shape[1]).mT
+        plain @ v
+    torch.testing.assert_close(operator @ v, plain @ v, rtol=1e-3, atol=1e-5)
+    what = f"Hessian product, tangent program, {vocabulary:,} classes, 256 tokens, width 128"
+    what += ", eight vectors" if vectors > 1 else ""
+    return library_row(what, minima({"own": lambda: operator @ v, "before": lambda: plain @ v}, 3 * seconds))
 
 
 def library_row(what: str, times: dict[str, float]) -> dict[str, Any]:

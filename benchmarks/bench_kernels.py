@@ -3,8 +3,8 @@
     make bench                            with pytest-benchmark
     python -m benchmarks.bench_kernels    the table of ratios, and benchmarks/results/kernels.json
 
-Random data, one warm-up call, then the two sides in turn; the ratio is that of the medians of the process's CPU
-time, so that a busy neighbour costs repetitions rather than truth. Memory traffic of a neighbour still shows.
+Random data, one warm-up call, then all sides in turn; the ratio is that of their smallest CPU times over the rounds, so
+that a busy neighbour costs rounds rather than truth.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.timing import alternate, save
+from benchmarks.timing import minima, save
 from flatkern import kernels
 
 
@@ -45,11 +45,11 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def cpu_seconds(functions: list[Callable[[], object]], repeat: int) -> list[float]:
-    """Median CPU seconds of each function, called in turn."""
+def cpu_seconds(functions: list[Callable[[], object]], seconds: float) -> list[float]:
+    """The smallest CPU seconds of each function, called in turn for so many seconds together."""
     named = {str(i): f for i, f in enumerate(functions)}
-    times = alternate(named, dict.fromkeys(named, repeat))
-    return [times[name]["cpu_s"] for name in named]
+    times = minima(named, seconds)
+    return [1e-6 * times[name] for name in named]
 
 
 def spd(n: int, c: int, dtype: torch.dtype) -> Tensor:
@@ -57,19 +57,19 @@ def spd(n: int, c: int, dtype: torch.dtype) -> Tensor:
     return x @ x.mT
 
 
-def logdet_rows(n: int, repeat: int) -> list[Row]:
+def logdet_rows(n: int, limit: float) -> list[Row]:
     out = []
     for dtype in (torch.float32, torch.float64):
         for c in (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 48, 64):
             G = spd(n, c, dtype)
             ours, theirs = cpu_seconds(
-                [lambda G=G: kernels.spd_logdet(G), lambda G=G: torch.linalg.slogdet(G)], repeat
+                [lambda G=G: kernels.spd_logdet(G), lambda G=G: torch.linalg.slogdet(G)], limit
             )
             out.append(Row("spd_logdet", name_of(dtype), n, c, c, ours, theirs, "slogdet(G)"))
     return out
 
 
-def stats_rows(n: int, repeat: int) -> list[Row]:
+def stats_rows(n: int, limit: float) -> list[Row]:
     out = []
     sizes = ((2, 64), (4, 64), (5, 64), (6, 64), (8, 64), (10, 32), (10, 64), (10, 128), (10, 512))
     for c, d in (*sizes, (16, 64), (16, 512), (32, 64), (32, 512)):
@@ -83,13 +83,13 @@ def stats_rows(n: int, repeat: int) -> list[Row]:
             if dtype == torch.float32:  # what it takes in torch to have the accuracy of our accumulation
                 functions.append(lambda x=x: torch.linalg.slogdet((y := x.double()) @ y.mT))
                 against.append("y = x.double(); slogdet(y @ y.mT)")
-            ours, *others = cpu_seconds(functions, repeat)
-            for seconds, what in zip(others, against, strict=True):
-                out.append(Row("gram_stats", name_of(dtype), len(x), c, d, ours, seconds, what))
+            ours, *others = cpu_seconds(functions, limit)
+            for took, what in zip(others, against, strict=True):
+                out.append(Row("gram_stats", name_of(dtype), len(x), c, d, ours, took, what))
     return out
 
 
-def backward_rows(n: int, repeat: int) -> list[Row]:
+def backward_rows(n: int, limit: float) -> list[Row]:
     out = []
     for dtype, c in itertools.product((torch.float32, torch.float64), (2, 4, 8, 10, 16, 32)):
         G = spd(n, c, dtype).requires_grad_()
@@ -109,12 +109,12 @@ def backward_rows(n: int, repeat: int) -> list[Row]:
             ),
         ]
         for name, t, d, mine, theirs in pairs:
-            ours, others = cpu_seconds([through(mine, t), through(theirs, t)], repeat)
+            ours, others = cpu_seconds([through(mine, t), through(theirs, t)], limit)
             out.append(Row(name, name_of(dtype), n, c, d, ours, others, "slogdet and its backward"))
     return out
 
 
-def spectrum_rows(n: int, repeat: int) -> list[Row]:
+def spectrum_rows(n: int, limit: float) -> list[Row]:
     out = []
     for c, d in ((2, 64), (4, 64), (8, 64), (10, 64), (10, 784), (16, 64), (32, 64), (64, 128)):
         for dtype in (torch.float32, torch.float64):
@@ -130,12 +130,10 @@ def spectrum_rows(n: int, repeat: int) -> list[Row]:
                     eigenvalues,
                     lambda x=x: torch.linalg.svdvals(x),
                 ],
-                repeat,
+                limit,
             )
-            for seconds, what in zip(
-                others, ("y = x.double(); eigvalsh(y @ y.mT)", "svdvals(x)"), strict=True
-            ):
-                row = Row("gram_singular_values", name_of(dtype), len(x), c, d, ours, seconds, what)
+            for took, what in zip(others, ("y = x.double(); eigvalsh(y @ y.mT)", "svdvals(x)"), strict=True):
+                row = Row("gram_singular_values", name_of(dtype), len(x), c, d, ours, took, what)
                 out.append(row)
     return out
 
@@ -144,22 +142,24 @@ def main() -> None:
     """Compare everything in one run and write benchmarks/results/kernels.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("-n", type=int, default=10_000, help="samples")
-    parser.add_argument("--repeat", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=0.5, help="of CPU time a row, 7 rounds at least")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     rows = [
-        *logdet_rows(options.n, options.repeat),
-        *stats_rows(options.n, options.repeat),
-        *backward_rows(options.n, options.repeat),
-        *spectrum_rows(options.n, options.repeat),
+        *logdet_rows(options.n, options.seconds),
+        *stats_rows(options.n, options.seconds),
+        *backward_rows(options.n, options.seconds),
+        *spectrum_rows(options.n, options.seconds),
     ]
     for r in rows:
         print(f"{r.kernel:20} {r.dtype:8} c={r.c:<3} d={r.d:<4} {r.ratio:5.1f}x  against {r.against}")
     settings = {
         "threads": 1,
         "data": "normal random rows; G = x xᵀ of [c, 2c] rows",
-        "timing": f"one warm-up each, calls interleaved, medians of {options.repeat}; CPU milliseconds",
+        "timing": (
+            "one warm-up each, then interleaved rounds (7 or more); smallest CPU time, in milliseconds"
+        ),
     }
     table = [
         {
