@@ -1,6 +1,6 @@
-// The torch door of attention: schemas, outputs and raw pointers. flatkern/kernels calls these operators for CUDA
-// tensors alone; on the CPU, where its form in PyTorch is far quicker, they run the very loops of the CUDA kernels
-// one thread after the other, which is how these are tested where there is no GPU.
+// The torch door of attention: schemas, outputs and raw pointers. flatkern/kernels calls these operators for
+// CUDA tensors alone; on the CPU, where its form in PyTorch is far quicker, they run the very loops of the
+// CUDA kernels one thread after the other, which is how these are tested where there is no GPU.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -30,8 +30,8 @@ Tensor empty(const Tensor& like, const Sizes& sizes) {
 
 void check(const Tensor& x, const Tensor& query, ScalarType dtype, std::int64_t entries) {
   STD_TORCH_CHECK(x.scalar_type() == dtype, "flatkern: attention's operands must be float32");
-  STD_TORCH_CHECK(x.numel() == entries && x.is_contiguous(), "flatkern: an operand of attention has ", x.numel(),
-                  " entries or is not contiguous, expected ", entries);
+  STD_TORCH_CHECK(x.numel() == entries && x.is_contiguous(), "flatkern: an operand of attention has ",
+                  x.numel(), " entries or is not contiguous, expected ", entries);
   STD_TORCH_CHECK(x.is_cuda() == query.is_cuda() && x.get_device_index() == query.get_device_index(),
                   "flatkern: attention's operands must be on one device");
 }
@@ -49,8 +49,8 @@ float* out(const Tensor& x) {
   return x.numel() ? static_cast<float*>(x.mutable_data_ptr()) : nullptr;
 }
 
-Attention<float> inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& mask, const Sizes& sizes,
-                        const Sizes& strides, double scale, bool causal) {
+Attention<float> inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& mask,
+                        const Sizes& sizes, const Sizes& strides, double scale, bool causal) {
   STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && v.dim() == 3, "flatkern: expected [batch, length, width]");
   Attention<float> a;
   a.batch = q.size(0), a.queries = q.size(1), a.keys = k.size(1);
@@ -62,10 +62,12 @@ Attention<float> inputs(const Tensor& q, const Tensor& k, const Tensor& v, const
   a.k = in(k, q, a.batch * a.keys * a.width);
   a.v = in(v, q, a.batch * a.keys * a.value_width);
   if (!mask) return a;
-  STD_TORCH_CHECK(mask->dim() == 3 && sizes.size() == strides.size(), "flatkern: expected a mask [masks, Lq, Lk]");
+  STD_TORCH_CHECK(mask->dim() == 3 && sizes.size() == strides.size(),
+                  "flatkern: expected a mask [masks, Lq, Lk]");
   a.masks = mask->size(0), a.mask_rows = mask->size(1), a.mask_cols = mask->size(2);
-  STD_TORCH_CHECK((a.mask_rows == 1 || a.mask_rows == a.queries) && (a.mask_cols == 1 || a.mask_cols == a.keys),
-                  "flatkern: the mask does not fit");
+  STD_TORCH_CHECK(
+      (a.mask_rows == 1 || a.mask_rows == a.queries) && (a.mask_cols == 1 || a.mask_cols == a.keys),
+      "flatkern: the mask does not fit");
   std::int64_t last = 0;
   for (std::size_t d = 0; d < sizes.size(); ++d) {
     STD_TORCH_CHECK(strides[d] >= 0 && a.places.push(sizes[d], strides[d]),
@@ -108,7 +110,8 @@ class Runner {
 #ifdef FLATKERN_CUDA
     if (on_gpu_) {
       const int error = flatkern::cuda::run(pass, stream_);
-      STD_TORCH_CHECK(error == 0, "flatkern: CUDA kernel launch failed: ", flatkern::cuda::error_string(error));
+      STD_TORCH_CHECK(error == 0,
+                      "flatkern: CUDA kernel launch failed: ", flatkern::cuda::error_string(error));
       return;
     }
 #endif
@@ -172,11 +175,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradient(Tensor q, Tensor k, Tensor v
   return sums<false>(a, q, need_q, need_k, need_v, need_mask);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> second(Tensor q, Tensor k, Tensor v, Maybe mask, Tensor stats, Tensor g,
-                                                  Tensor total, Tensor mean, Tensor change, Maybe dq, Maybe dk,
-                                                  Maybe dv, Maybe dmask, Maybe dg, Sizes sizes, Sizes strides,
-                                                  double scale, bool causal, bool need_q, bool need_k,
-                                                  bool need_v, bool need_mask) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> second(Tensor q, Tensor k, Tensor v, Maybe mask, Tensor stats,
+                                                  Tensor g, Tensor total, Tensor mean, Tensor change,
+                                                  Maybe dq, Maybe dk, Maybe dv, Maybe dmask, Maybe dg,
+                                                  Sizes sizes, Sizes strides, double scale, bool causal,
+                                                  bool need_q, bool need_k, bool need_v, bool need_mask) {
   Attention<float> a = inputs(q, k, v, mask, sizes, strides, scale, causal);
   add_tangents(a, q, dq, dk, dv, dmask);
   const std::int64_t rows = a.batch * a.queries;
@@ -193,12 +196,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> second(Tensor q, Tensor k, Tensor v, 
 #define FLATKERN_FORM "int[] sizes, int[] strides, float scale, bool causal"
 #define FLATKERN_NEEDS "bool need_q, bool need_k, bool need_v, bool need_mask"
 
-// `sizes` and `strides`: entry b of the batch, written in the mixed radix of the sizes and dotted with the strides,
-// is the number of its mask.
+// `sizes` and `strides`: entry b of the batch, written in the mixed radix of the sizes and dotted with the
+// strides, is the number of its mask.
 STABLE_TORCH_LIBRARY_FRAGMENT(flatkern, m) {
   m.def("attention_forward(" FLATKERN_INPUTS ", " FLATKERN_FORM ") -> (Tensor, Tensor)");
-  m.def("attention_tangent(" FLATKERN_INPUTS ", Tensor stats, Tensor out, " FLATKERN_TANGENTS ", " FLATKERN_FORM
-        ") -> (Tensor, Tensor)");
+  m.def("attention_tangent(" FLATKERN_INPUTS ", Tensor stats, Tensor out, " FLATKERN_TANGENTS
+        ", " FLATKERN_FORM ") -> (Tensor, Tensor)");
   m.def("attention_gradient(" FLATKERN_INPUTS ", Tensor stats, Tensor g, Tensor total, " FLATKERN_FORM
         ", " FLATKERN_NEEDS ") -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("attention_second(" FLATKERN_INPUTS

@@ -1,5 +1,5 @@
-// Attention entry by entry, for query i and key j of a batch entry, as flatkern/kernels/_attention_blocks.py has
-// it: the score s, the weight p, and what the derivatives make of them.
+// Attention entry by entry, for query i and key j of a batch entry, as flatkern/kernels/_attention_blocks.py
+// has it: the score s, the weight p, and what the derivatives make of them.
 #pragma once
 
 #include <cmath>
@@ -32,7 +32,8 @@ struct Attention {
   Batch places;
 
   const T *g = nullptr, *dq = nullptr, *dk = nullptr, *dv = nullptr, *dmask = nullptr, *dg = nullptr;
-  const T* stats = nullptr;   // [batch, queries, 2]: the row maximum (of scores times `factor`) and 1 / row sum
+  const T* stats =
+      nullptr;  // [batch, queries, 2]: the row maximum (of scores times `factor`) and 1 / row sum
   const T* total = nullptr;   // [batch, queries]: rowsum(g o O)
   const T* mean = nullptr;    // [batch, queries]: rowsum(P o S.)
   const T* change = nullptr;  // [batch, queries]: rowsum(g o O. + g. o O)
@@ -62,7 +63,8 @@ struct Attention {
 
 // The score of an entry from q_i . k_j; -inf where query i does not see key j.
 template <typename T>
-FLATKERN_HD T attention_score(const Attention<T>& a, const AttentionPlace& at, std::int64_t i, std::int64_t j, T product) {
+FLATKERN_HD T attention_score(const Attention<T>& a, const AttentionPlace& at, std::int64_t i, std::int64_t j,
+                              T product) {
   if (!a.inside(i, j) || (a.allowed && !a.allowed[a.mask_at(at, i, j)])) return -static_cast<T>(INFINITY);
   return product * a.factor() + (a.additive ? a.additive[a.mask_at(at, i, j)] : T(0));
 }
@@ -94,8 +96,8 @@ FLATKERN_HD AttentionEntry<T> attention_entry(const Attention<T>& a, const Atten
 
 // p and p s., of which the tangent of the output is made.
 template <typename T>
-FLATKERN_HD void attention_tangent_entry(const Attention<T>& a, const AttentionPlace& at, std::int64_t i, std::int64_t j,
-                                         T product, T product_dot, T* p, T* changed) {
+FLATKERN_HD void attention_tangent_entry(const Attention<T>& a, const AttentionPlace& at, std::int64_t i,
+                                         std::int64_t j, T product, T product_dot, T* p, T* changed) {
   *p = *changed = T(0);
   if (!a.inside(i, j)) return;
   const std::int64_t row = at.b * a.queries + i;

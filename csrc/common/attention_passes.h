@@ -30,8 +30,8 @@ FLATKERN_HD T sum_of(const T (&part)[4]) {
 
 // O and the row statistics of 64 queries: the sums are rescaled where a later tile has a larger score.
 template <typename Team, typename T>
-FLATKERN_HD void forward_pass(Team& team, Room<T>& room, const Attention<T>& a, std::int64_t b, std::int64_t i,
-                              T* out, T* stats) {
+FLATKERN_HD void forward_pass(Team& team, Room<T>& room, const Attention<T>& a, std::int64_t b,
+                              std::int64_t i, T* out, T* stats) {
   const Rows<T> q = rows_of(a.q, b, a.queries, a.width), k = rows_of(a.k, b, a.keys, a.width);
   const Rows<T> v = rows_of(a.v, b, a.keys, a.value_width);
   const AttentionPlace at = a.place(b);
@@ -83,12 +83,12 @@ FLATKERN_HD void forward_pass(Team& team, Room<T>& room, const Attention<T>& a, 
       room.sum[thread] = room.sum[thread] * room.factor[thread] + sum_of(room.part_sum[thread]);
     });
     team.phase([&](int thread, Registers<T>& own) {
-FLATKERN_UNROLL
+      FLATKERN_UNROLL
       for (int m = 0; m < kPart; ++m) {
         const T factor = room.factor[thread / kSide + kSide * m];
-FLATKERN_UNROLL
+        FLATKERN_UNROLL
         for (int c = 0; c < kOwnFours; ++c) {
-FLATKERN_UNROLL
+          FLATKERN_UNROLL
           for (int z = 0; z < 4; ++z) own.out[0][m][c].v[z] *= factor;
         }
       }
@@ -114,15 +114,15 @@ FLATKERN_UNROLL
 
 // O. of 64 queries, and `mean` for the passes below; `out` is O.
 template <typename Team, typename T>
-FLATKERN_HD void tangent_pass(Team& team, Room<T>& room, const Attention<T>& a, std::int64_t b, std::int64_t i,
-                              const T* out, T* image, T* mean) {
+FLATKERN_HD void tangent_pass(Team& team, Room<T>& room, const Attention<T>& a, std::int64_t b,
+                              std::int64_t i, const T* out, T* image, T* mean) {
   const Rows<T> q = rows_of(a.q, b, a.queries, a.width), k = rows_of(a.k, b, a.keys, a.width);
   const Rows<T> dq = rows_of(a.dq, b, a.queries, a.width), dk = rows_of(a.dk, b, a.keys, a.width);
   const Rows<T> v = rows_of(a.v, b, a.keys, a.value_width), dv = rows_of(a.dv, b, a.keys, a.value_width);
   const AttentionPlace at = a.place(b);
   team.phase([&](int, Registers<T>& own) {
     clear(own.out[0]);
-FLATKERN_UNROLL
+    FLATKERN_UNROLL
     for (int m = 0; m < kPart; ++m) own.row[m] = T(0);
   });
   const std::int64_t seen = keys_seen(a, i);
@@ -134,7 +134,8 @@ FLATKERN_UNROLL
     team.phase([&](int thread, Registers<T>& own) {
       own_entries(thread, [&](int r, int c, int m, int n) {
         T p, changed;
-        attention_tangent_entry(a, at, i + r, j + c, own.product[0][m][n], own.product[1][m][n], &p, &changed);
+        attention_tangent_entry(a, at, i + r, j + c, own.product[0][m][n], own.product[1][m][n], &p,
+                                &changed);
         own.row[m] += changed;
         room.tile[0].at(r, c) = changed;
         room.tile[1].at(r, c) = p;
@@ -144,7 +145,7 @@ FLATKERN_UNROLL
     add_image<0>(team, room, 1, dv, j);
   }
   team.phase([&](int thread, Registers<T>& own) {
-FLATKERN_UNROLL
+    FLATKERN_UNROLL
     for (int m = 0; m < kPart; ++m) room.tile[0].at(thread / kSide + kSide * m, thread % kSide) = own.row[m];
   });
   team.phase([&](int thread, Registers<T>&) {
@@ -173,7 +174,7 @@ FLATKERN_HD void entry_products(Team& team, Room<T>& room, const Attention<T>& a
   const Rows<T> g = rows_of(a.g, b, a.queries, a.value_width), v = rows_of(a.v, b, a.keys, a.value_width);
   const Rows<T> dg = rows_of(a.dg, b, a.queries, a.value_width), dv = rows_of(a.dv, b, a.keys, a.value_width);
   team.phase([&](int, Registers<T>& own) {
-FLATKERN_UNROLL
+    FLATKERN_UNROLL
     for (int which = 0; which < 4; ++which) clear(own.product[which]);
   });
   const std::int64_t rows = by_keys ? j : i, cols = by_keys ? i : j;
@@ -192,8 +193,8 @@ FLATKERN_UNROLL
 
 // The entry (m, n) of a thread's products.
 template <bool twice, typename T>
-FLATKERN_HD AttentionEntry<T> entry_of(const Attention<T>& a, const AttentionPlace& at, std::int64_t i, std::int64_t j,
-                                       const Registers<T>& own, int m, int n) {
+FLATKERN_HD AttentionEntry<T> entry_of(const Attention<T>& a, const AttentionPlace& at, std::int64_t i,
+                                       std::int64_t j, const Registers<T>& own, int m, int n) {
   const T products[4] = {own.product[0][m][n], own.product[1][m][n], own.product[2][m][n],
                          own.product[3][m][n]};
   return attention_entry<twice>(a, at, i, j, products);
@@ -231,7 +232,8 @@ template <bool twice, typename Team, typename T>
 FLATKERN_HD void key_pass(Team& team, Room<T>& room, const Attention<T>& a, std::int64_t b, std::int64_t j,
                           T* to_k, T* to_v) {
   const Rows<T> q = rows_of(a.q, b, a.queries, a.width), dq = rows_of(a.dq, b, a.queries, a.width);
-  const Rows<T> g = rows_of(a.g, b, a.queries, a.value_width), dg = rows_of(a.dg, b, a.queries, a.value_width);
+  const Rows<T> g = rows_of(a.g, b, a.queries, a.value_width),
+                dg = rows_of(a.dg, b, a.queries, a.value_width);
   const AttentionPlace at = a.place(b);
   team.phase([&](int, Registers<T>& own) { clear(own.out[0]), clear(own.out[1]); });
   for (std::int64_t i = first_query(a, j); i < a.queries; i += kTile) {
@@ -273,8 +275,8 @@ FLATKERN_HD void key_pass(Team& team, Room<T>& room, const Attention<T>& a, std:
   });
 }
 
-// One tile of the mask's gradient [masks, mask_rows, mask_cols], or of what it changes by: sums over the batch entries that have this mask, and
-// over queries and keys where the mask has one row or column for all.
+// One tile of the mask's gradient [masks, mask_rows, mask_cols], or of what it changes by: sums over the
+// batch entries that have this mask, and over queries and keys where the mask has one row or column for all.
 template <bool twice, typename Team, typename T>
 FLATKERN_HD void mask_pass(Team& team, Room<T>& room, const Attention<T>& a, std::int64_t unit, T* to) {
   const std::int64_t across = tiles_of(a.mask_cols), down = tiles_of(a.mask_rows);

@@ -1,5 +1,5 @@
-// The passes as units of work that depend on nothing but their number: what a launch consists of, and the same
-// units one after the other on the host.
+// The passes as units of work that depend on nothing but their number: what a launch consists of, and the
+// same units one after the other on the host.
 #pragma once
 
 #include <memory>
@@ -80,9 +80,10 @@ struct MaskSums {
 };
 
 template <typename Pass>
-void on_host(const Pass& pass) {
+void on_host(const Pass& pass, bool backwards = false) {
   typedef std::remove_const_t<std::remove_pointer_t<decltype(pass.a.q)>> T;
   HostTeam<T> team;
+  team.backwards = backwards;
   const auto room = std::make_unique<Room<T>>();
   for (std::int64_t unit = 0; unit < pass.units(); ++unit) pass(team, *room, unit);
 }

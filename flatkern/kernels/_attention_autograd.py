@@ -31,6 +31,11 @@ THRICE = (
 Needs = tuple[bool, bool, bool, bool]
 
 
+def _for(q: Tensor, v: Tensor, form: Form) -> Any:
+    """The module that computes: the CUDA kernels where they take it, else plain PyTorch."""
+    return _attention_kernels if _attention_kernels.takes(q, v, form) else _attention_blocks
+
+
 def _operands(ctx: Any, tangents: Sequence[Any]) -> tuple[list[Any], list[Any], bool]:
     """Saved tensors and tangents of a ``jvp``, free of its own level, and whether there are outer levels.
 
@@ -183,7 +188,7 @@ class _Second(torch.autograd.Function):
         form: Form, needs: Needs,
     ) -> Any:  # fmt: skip
         saved = Saved(q, k, v, mask, stats, out)
-        return blocks.second(saved, g, dq, dk, dv, dmask, dg, form, needs)
+        return _for(q, v, form).second(saved, g, dq, dk, dv, dmask, dg, form, needs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Any) -> None:
