@@ -151,9 +151,7 @@ def _fake_tangent(q: Tensor, k: Tensor, v: Tensor, *_rest: Any) -> tuple[Tensor,
 
 def _fake_sums(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     like = (q, k, v, q if mask is None else mask)
-    return tuple(
-        q.new_empty(t.shape if need else (0,)) for t, need in zip(like, rest[-4:], strict=True)
-    )
+    return tuple(q.new_empty(t.shape if need else (0,)) for t, need in zip(like, rest[-4:], strict=True))
 
 
 if attention_available():
