@@ -7,6 +7,7 @@ once Ȯ is known, rowsum(g ∘ Ȯ + ġ ∘ O). Row statistics have one conventio
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def fits(q: Tensor, v: Tensor, form: Form) -> bool:
 
 @lru_cache(maxsize=256)
 def places(rows: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Sizes and strides, outermost first, such that entry b has the mask Σ_k digit_k(b) · stride_k; ``None`` if none do.
+    """Sizes and strides, outermost first, such that entry b has the mask Σ_k digit_k(b) · stride_k, if there are any.
 
     Masks that were broadcast over batch axes, and vmapped, are always of this kind.
     """
@@ -59,7 +60,7 @@ def places(rows: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]] | N
 def _run(rows: tuple[int, ...], stride: int) -> int:
     """The longest period whose every repetition ascends by ``stride``."""
     count = len(rows)
-    ascends = [b - a == stride for a, b in zip(rows, rows[1:], strict=False)]
+    ascends = [b - a == stride for a, b in pairwise(rows)]
     first = next((i + 1 for i, yes in enumerate(ascends) if not yes), count)
     for size in range(first, 1, -1):
         if count % size == 0 and all(yes for i, yes in enumerate(ascends) if (i + 1) % size):
