@@ -160,6 +160,21 @@ def probes(result: dict[str, Any]) -> str:
     )
 
 
+def effect(result: dict[str, Any]) -> str:
+    """What the kernels do for whole calls."""
+    rows = [
+        [r["call"], f"{r['compiled_ms']:.3g}", f"{r['reference_ms']:.3g}", f"**{r['ratio']:.2f}**"]
+        for r in result["rows"]
+    ]
+    return (
+        "## The kernels in whole calls\n\n"
+        "The same call with the compiled kernels and with their PyTorch references (`FLATKERN_KERNELS=reference`);\n"
+        "the attention by blocks, which is PyTorch, is on both sides.\n\n"
+        f"`python -m benchmarks.bench_effect`\n\n"
+        f"{_table(['call', 'compiled, ms', 'reference, ms', 'ratio'], rows)}\n{_settings(result)}"
+    )
+
+
 def operators(result: dict[str, Any]) -> str:
     """Hessian-vector products beside raw torch and other packages."""
     header = ["model", "n", "way", "ms", "gradients", "way / flatkern", "way / floor", "difference"]
@@ -534,6 +549,7 @@ SECTIONS = {
     "kernels": kernels,
     "jets": jets,
     "probes": probes,
+    "effect": effect,
     "attention": attention,
 }
 

@@ -380,6 +380,66 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gram_
   return std::tuple_cat(out.tuple(), std::make_tuple(gram, inverse));
 }
 
+// `weight`: contiguous, of g's dtype, one a sample.
+Tensor spd_pullback(Tensor g, Tensor weight) {
+  check_sizes(g, flatkern::cuda::kMaxSize, true);
+  const torch::stable::accelerator::DeviceGuard guard(g.get_device_index());
+  const std::int64_t c = g.size(-1);
+  Tensor out = empty(g, batch_sizes(g, {c, c}), g.scalar_type());
+  dispatch(g, [&](auto zero) {
+    using T = decltype(zero);
+    check(flatkern::cuda::spd_pullback<T>(matrices<T>(g), static_cast<const T*>(weight.const_data_ptr()),
+                                          static_cast<T*>(out.mutable_data_ptr()), current_stream(g)));
+  });
+  return out;
+}
+
+// All but x are contiguous and float64.
+Tensor gram_pullback(Tensor x, Tensor gram, Tensor inverse, Tensor logdet, Tensor trace,
+                     Tensor frobenius_sq) {
+  check_sizes(x, flatkern::cuda::kMaxSize, false);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  Tensor out = empty(x, batch_sizes(x, {x.size(-2), x.size(-1)}), x.scalar_type());
+  const auto read = [](const Tensor& t) { return static_cast<const double*>(t.const_data_ptr()); };
+  const flatkern::GramCotangents g{read(logdet), read(trace), read(frobenius_sq), read(gram), read(inverse)};
+  dispatch(x, [&](auto zero) {
+    using T = decltype(zero);
+    check(flatkern::cuda::gram_pullback<T>(matrices<T>(x), g, static_cast<T*>(out.mutable_data_ptr()),
+                                           current_stream(x)));
+  });
+  return out;
+}
+
+// `grams`: room for the Gram matrices, which may be where the vectors go.
+void fill_spectrum(const Tensor& x, double floor, const Tensor& grams, const Tensor& values,
+                   const Tensor* vectors) {
+  check_sizes(x, flatkern::cuda::kMaxSpectrum, false);
+  const auto write = [](const Tensor& t) { return static_cast<double*>(t.mutable_data_ptr()); };
+  dispatch(x, [&](auto zero) {
+    using T = decltype(zero);
+    check(flatkern::cuda::gram_spectrum<T>(matrices<T>(x), floor, write(grams), write(values),
+                                           vectors ? write(*vectors) : nullptr, current_stream(x)));
+  });
+}
+
+Tensor gram_singular_values(Tensor x, bool precise) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const std::int64_t c = x.size(-2);
+  Tensor values = empty(x, batch_sizes(x, {c}), ScalarType::Double);
+  const Tensor grams = empty(x, batch_sizes(x, {c, c}), ScalarType::Double);
+  fill_spectrum(x, precise ? flatkern::cpu::kGramFloor : 0, grams, values, nullptr);
+  return values;
+}
+
+std::tuple<Tensor, Tensor> gram_singular_vectors(Tensor x) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const std::int64_t c = x.size(-2);
+  Tensor values = empty(x, batch_sizes(x, {c}), ScalarType::Double);
+  Tensor vectors = empty(x, batch_sizes(x, {c, c}), ScalarType::Double);
+  fill_spectrum(x, flatkern::cpu::kGramFloor, vectors, values, &vectors);
+  return {values, vectors};
+}
+
 // `generate` launches for the rows of a type.
 template <typename Generate>
 Tensor random_rows(const Tensor& like, std::int64_t rows, std::int64_t size, const Generate& generate) {
@@ -488,6 +548,10 @@ STABLE_TORCH_LIBRARY_IMPL(flatkern, CUDA, m) {
   m.impl("gram", TORCH_BOX(&cuda::gram));
   m.impl("gram_stats", TORCH_BOX(&cuda::gram_stats));
   m.impl("gram_stats_factors", TORCH_BOX(&cuda::gram_stats_factors));
+  m.impl("spd_pullback", TORCH_BOX(&cuda::spd_pullback));
+  m.impl("gram_pullback", TORCH_BOX(&cuda::gram_pullback));
+  m.impl("gram_singular_values", TORCH_BOX(&cuda::gram_singular_values));
+  m.impl("gram_singular_vectors", TORCH_BOX(&cuda::gram_singular_vectors));
   m.impl("rademacher", TORCH_BOX(&cuda::rademacher));
   m.impl("normal", TORCH_BOX(&cuda::normal));
   m.impl("rademacher_dot", TORCH_BOX(&cuda::rademacher_dot));

@@ -41,11 +41,13 @@ examples:
 _REPRODUCE = """\
 Runs the experiments of the paper (arXiv 2310.01770) with its networks and settings, and writes report.html, figures as
 PNG and SVG, and tables as CSV: fig1 (learning rates), fig2 (batch sizes), test-samples, bounds, correlations,
-transformers, or all of them. A run that was stopped or killed goes on where it was when the command is given again.
+transformers, several of these (what they share is trained once), or all of them. A run that was stopped or killed goes
+on where it was when the command is given again.
 """
 _REPRODUCE_EXAMPLES = """\
 examples:
   flatkern reproduce fig1 --budget 0.01                      a hundredth of the paper's 750,000 iterations
+  flatkern reproduce fig1 fig2 bounds --train 300            two sweeps and the bounds, on 300 images
   flatkern reproduce all --data fashion-mnist --seeds 4      Debian's dataset-fashion-mnist, or --root DIR
   flatkern reproduce fig2 --data cifar-2 --root DIR          VGG-10 on classes 0 and 1 of CIFAR-10's python batches
   flatkern reproduce transformers --weights DIR              pretrained models of timm or transformers
@@ -189,7 +191,7 @@ def _add_reproduce(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         epilog=_REPRODUCE_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add.add_argument("experiment", choices=_EXPERIMENTS, help="what to run")
+    add.add_argument("experiments", nargs="+", choices=_EXPERIMENTS, help="what to run")
     add.add_argument(
         "--data",
         choices=("digits-mnist", "fashion-mnist", "cifar-2", "cifar-10", "digits"),
@@ -329,7 +331,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     asked = {field: value for field, k in names.items() if (value := getattr(arguments, k)) is not None}
     try:
         config = reproduction(
-            arguments.experiment,
+            *arguments.experiments,
             data=arguments.data,
             network=arguments.network,
             budget=arguments.budget,

@@ -8,3 +8,14 @@
 #else
 #define FLATKERN_HD inline __attribute__((always_inline))
 #endif
+
+// Unrolls the loop that follows in GPU code, where indices into registers have to be constants; by n only,
+// where more of it would only take registers.
+#ifdef __CUDACC__
+#define FLATKERN_UNROLL _Pragma("unroll")
+#define FLATKERN_UNROLL_BY(n) FLATKERN_PRAGMA(unroll n)
+#define FLATKERN_PRAGMA(text) _Pragma(#text)
+#else
+#define FLATKERN_UNROLL
+#define FLATKERN_UNROLL_BY(n)
+#endif

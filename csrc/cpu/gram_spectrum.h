@@ -1,6 +1,7 @@
 // Singular values of the rows of each sample through their Gram matrix, and the left singular vectors.
 #pragma once
 
+#include "../common/jacobi.h"
 #include "batch_gram.h"
 #include "eigen.h"
 #include "lq.h"
@@ -12,7 +13,7 @@ namespace flatkern::cpu::FLATKERN_ISA {
 // to that of the largest otherwise. The rows of `u` (null: not wanted) turn along, from the identity.
 FLATKERN_INLINE void jacobi_rows(double* l, double* u, std::int64_t c, std::int64_t pitch) {
   constexpr int width = Simd<double>::width;
-  const double tolerance = 2 * Limits<double>::eps * __builtin_sqrt(static_cast<double>(c));
+  const double tolerance = jacobi_tolerance(static_cast<int>(c));
   for (int sweep = 0; sweep < 30; ++sweep) {
     bool turned = false;
     for (std::int64_t i = 1; i < c; ++i) {
@@ -20,11 +21,10 @@ FLATKERN_INLINE void jacobi_rows(double* l, double* u, std::int64_t c, std::int6
         double* a = l + i * pitch;
         double* b = l + j * pitch;
         const double aa = dot(a, a, pitch), bb = dot(b, b, pitch), ab = dot(a, b, pitch);
-        if (!(__builtin_fabs(ab) > tolerance * __builtin_sqrt(aa) * __builtin_sqrt(bb))) continue;
+        const Rotation by = rotation_of(aa, bb, ab, tolerance);
+        if (!by.turns) continue;
         turned = true;
-        const double zeta = (bb - aa) / (2 * ab), root = __builtin_sqrt(1 + zeta * zeta);
-        const double t = 1 / (zeta < 0 ? zeta - root : zeta + root);
-        const double co = 1 / __builtin_sqrt(1 + t * t), si = t * co;
+        const double co = by.co, si = by.si;
         for (std::int64_t k = 0; k < pitch; k += width) {
           const V<double> x = load<double>(a + k), y = load<double>(b + k);
           store<double>(a + k, co * x - si * y);

@@ -10,7 +10,7 @@ MAX_SPILL_BYTES=0
 MAX_REGISTERS=240  # a block of 256 threads still fits a multiprocessor's 65,536
 
 mkdir -p build
-for test in test_shared_math test_jet_math; do
+for test in test_shared_math test_jet_math test_attention; do
   if [ ! -x "build/$test" ] || [ -n "$(find csrc/common "csrc/tests/$test.cpp" csrc/tests/check.h -newer "build/$test")" ]; then
     "${CXX:-g++}" -std=c++17 -O2 -Wall -Wextra -Wno-psabi -Icsrc "csrc/tests/$test.cpp" -o "build/$test"
   fi

@@ -15,11 +15,11 @@ constexpr int kFactorThreads = 128;
 // (L D L^T)^-1 from the packed factor a (u_ij = l_ij d_j below the diagonal) and the reciprocal pivots, a
 // column a thread: h = L^-T D^-1 L^-1 e_j, where `out` itself is the working space: entry (k, j) at out[k c +
 // j].
-__device__ __forceinline__ void invert_columns(const double* a, const double* reciprocals, int c, bool good,
-                                               double* out) {
+template <typename T>
+__device__ __forceinline__ void invert_columns(const T* a, const T* reciprocals, int c, bool good, T* out) {
   for (int j = threadIdx.x; j < c; j += blockDim.x) {
     for (int k = 0; k < c; ++k) {
-      double h = k == j && good ? 1.0 : 0.0;
+      T h = k == j && good ? T(1) : T(0);
       if (good && k > j) {
         for (int t = j; t < k; ++t) h -= a[packed(k, t)] * (reciprocals[t] * out[t * c + j]);
       }
@@ -27,11 +27,58 @@ __device__ __forceinline__ void invert_columns(const double* a, const double* re
     }
     if (!good) continue;
     for (int k = c - 1; k >= 0; --k) {
-      double h = out[k * c + j];
+      T h = out[k * c + j];
       for (int t = k + 1; t < c; ++t) h -= a[packed(t, k)] * out[t * c + j];
       out[k * c + j] = h * reciprocals[k];
     }
   }
+}
+
+// The lower triangle of the Gram matrix of a sample in double-double, by a block.
+template <typename T>
+__device__ __forceinline__ void wide_gram(const Matrices<T>& x, const T* from, double* high, double* low,
+                                          double* diagonal) {
+  const int c = static_cast<int>(x.rows);
+  for (int e = threadIdx.x; e < c * c; e += blockDim.x) {
+    const int row = e / c, col = e - row * c;
+    if (col > row) continue;
+    DoubleDouble sum = {0, 0};
+    for (std::int64_t k = 0; k < x.cols; ++k) {
+      sum = add_product(sum, static_cast<double>(from[row * x.row_stride + k * x.col_stride]),
+                        static_cast<double>(from[col * x.row_stride + k * x.col_stride]));
+    }
+    high[packed(row, col)] = sum.hi;
+    low[packed(row, col)] = sum.lo;
+    if (row == col) diagonal[row] = sum.hi;
+  }
+}
+
+// Its L D L^T in place (u_ij = l_ij d_j below the diagonal), by a block; a pivot that is no good is left out,
+// with its column. Returns the sum of the logarithms of the others.
+__device__ __forceinline__ double wide_ldl(double* high, double* low, const double* diagonal, int c,
+                                           double tolerance, PivotReport& report) {
+  const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
+  double log_sum = 0;
+  for (int k = 0; k < c; ++k) {
+    const DoubleDouble d = {high[packed(k, k)], low[packed(k, k)]};
+    const bool ok = good_pivot(d.hi, diagonal[k], tolerance);
+    const DoubleDouble inverse = ok ? reciprocal(d) : DoubleDouble{0, 0};
+    report.take(d.hi, diagonal[k], ok);
+    if (ok) log_sum += log(d.hi);
+    for (int row = k + 1 + ty; row < c; row += static_cast<int>(blockDim.x) / 16) {
+      const int at = row * (row + 1) / 2;
+      const DoubleDouble scaled = multiply({high[at + k], low[at + k]}, inverse);
+      for (int col = k + 1 + tx; col <= row; col += 16) {
+        const int across = col * (col + 1) / 2 + k;
+        const DoubleDouble product = multiply(scaled, {high[across], low[across]});
+        const DoubleDouble after = add({high[at + col], low[at + col]}, negate(product));
+        high[at + col] = after.hi;
+        low[at + col] = after.lo;
+      }
+    }
+    __syncthreads();
+  }
+  return log_sum;
 }
 
 // Samples that are finite and not lost: the inverse from the Gram matrix. Lost ones: everything anew in twice
@@ -44,7 +91,6 @@ __global__ void __launch_bounds__(kFactorThreads)
   double* high = shared;
   double* low = high + entries;
   double* diagonal = low + entries;
-  const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
   for (std::int64_t i = blockIdx.x; i < n; i += gridDim.x) {
     const double ratio = out.pivot_ratio[i];
     const bool finite = ratio == ratio;
@@ -52,41 +98,10 @@ __global__ void __launch_bounds__(kFactorThreads)
     bool good = finite && !wide && !out.rank_deficient[i];
     __syncthreads();  // everybody has read what is written below
     if (wide) {
-      const T* from = x.sample(i);
-      for (int e = threadIdx.x; e < c * c; e += blockDim.x) {
-        const int row = e / c, col = e - row * c;
-        if (col > row) continue;
-        DoubleDouble sum = {0, 0};
-        for (std::int64_t k = 0; k < x.cols; ++k) {
-          sum = add_product(sum, static_cast<double>(from[row * x.row_stride + k * x.col_stride]),
-                            static_cast<double>(from[col * x.row_stride + k * x.col_stride]));
-        }
-        high[packed(row, col)] = sum.hi;
-        low[packed(row, col)] = sum.lo;
-        if (row == col) diagonal[row] = sum.hi;
-      }
+      wide_gram(x, x.sample(i), high, low, diagonal);
       __syncthreads();
       PivotReport report;
-      double log_sum = 0;
-      for (int k = 0; k < c; ++k) {
-        const DoubleDouble d = {high[packed(k, k)], low[packed(k, k)]};
-        const bool ok = good_pivot(d.hi, diagonal[k], tolerance);
-        const DoubleDouble inverse = ok ? reciprocal(d) : DoubleDouble{0, 0};
-        report.take(d.hi, diagonal[k], ok);
-        if (ok) log_sum += log(d.hi);
-        for (int row = k + 1 + ty; row < c; row += kFactorThreads / 16) {
-          const int at = row * (row + 1) / 2;
-          const DoubleDouble scaled = multiply({high[at + k], low[at + k]}, inverse);
-          for (int col = k + 1 + tx; col <= row; col += 16) {
-            const int across = col * (col + 1) / 2 + k;
-            const DoubleDouble product = multiply(scaled, {high[across], low[across]});
-            const DoubleDouble after = add({high[at + col], low[at + col]}, negate(product));
-            high[at + col] = after.hi;
-            low[at + col] = after.lo;
-          }
-        }
-        __syncthreads();
-      }
+      const double log_sum = wide_ldl(high, low, diagonal, c, tolerance, report);
       good = report.bad == 0;
       if (threadIdx.x == 0) {
         const double infinity = static_cast<double>(__int_as_float(0x7f800000));

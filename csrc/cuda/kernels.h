@@ -22,6 +22,24 @@ int gram(const Matrices<T>& x, double* out, void* stream);
 template <typename T>
 int gram_stats(const Matrices<T>& x, const GramStatsOut& out, void* stream);
 
+// weight[i] times the inverse of matrix i; see csrc/cpu/batch_spd.h.
+template <typename T>
+int spd_pullback(const Matrices<T>& g, const T* weight, T* out, void* stream);
+
+// 2 (g_tr I + 2 g_F G + g_ld G^-1) x
+template <typename T>
+int gram_pullback(const Matrices<T>& x, const GramCotangents& g, T* out, void* stream);
+
+// Up to this many rows.
+constexpr std::int64_t kMaxSpectrum = 64;
+
+// Singular values [n, c] descending and, unless null, left singular vectors [n, c, c] as rows; `grams` is
+// room for n c c numbers and may be `vectors`. Below `floor` of the largest eigenvalue of the Gram matrix, or
+// where it has lost digits, in double-double from the rows.
+template <typename T>
+int gram_spectrum(const Matrices<T>& x, double floor, double* grams, double* values, double* vectors,
+                  void* stream);
+
 // Random rows [rows, size] of philox.h, the first of them `first`.
 template <typename T>
 int rademacher(std::uint64_t seed, std::uint64_t first, std::int64_t rows, std::int64_t size, T* out,

@@ -5,6 +5,7 @@
 
 #include "check.h"
 #include "common/double_double.h"
+#include "common/jacobi.h"
 #include "common/matrices.h"
 #include "common/philox.h"
 #include "common/spd_math.h"
@@ -141,6 +142,44 @@ void double_doubles() {
   EXPECT(nothing.hi == 0 && nothing.lo == 0);
 }
 
+// Every pair of rows once, no row twice in a round.
+void rounds_of_pairs() {
+  for (int m = 2; m <= 64; m += 2) {
+    std::vector<int> met(static_cast<std::size_t>(m * m));
+    for (int r = 0; r < m - 1; ++r) {
+      std::vector<int> seen(static_cast<std::size_t>(m));
+      for (int p = 0; p < m / 2; ++p) {
+        const flatkern::RowPair pair = flatkern::round_robin(m, r, p);
+        EXPECT(0 <= pair.j && pair.j < pair.i && pair.i < m);
+        ++met[static_cast<std::size_t>(pair.i * m + pair.j)];
+        EXPECT(++seen[static_cast<std::size_t>(pair.i)] == 1 &&
+               ++seen[static_cast<std::size_t>(pair.j)] == 1);
+      }
+    }
+    for (int i = 0; i < m; ++i) {
+      for (int j = 0; j < i; ++j) EXPECT(met[static_cast<std::size_t>(i * m + j)] == 1);
+    }
+  }
+}
+
+// Rotated rows are orthogonal, also where their lengths differ by twenty digits.
+void rotations() {
+  for (const double length : {1.0, 1e-20, 3e10}) {
+    for (const double cosine : {0.5, -0.999, 1e-9}) {
+      const double a[2] = {1, 0}, b[2] = {length * cosine, length * std::sqrt(1 - cosine * cosine)};
+      const double ab = a[0] * b[0], bb = b[0] * b[0] + b[1] * b[1];
+      const flatkern::Rotation by = flatkern::rotation_of(1, bb, ab, flatkern::jacobi_tolerance(2));
+      EXPECT(by.turns);
+      double p[2], q[2];
+      for (int k = 0; k < 2; ++k) p[k] = by.co * a[k] - by.si * b[k], q[k] = by.si * a[k] + by.co * b[k];
+      EXPECT_NEAR(by.co * by.co + by.si * by.si, 1, 1e-15);
+      EXPECT_NEAR((p[0] * q[0] + p[1] * q[1]) / (std::hypot(p[0], p[1]) * std::hypot(q[0], q[1])), 0, 1e-12);
+    }
+  }
+  EXPECT(!flatkern::rotation_of(0, 1, 0, flatkern::jacobi_tolerance(2)).turns);
+  EXPECT(!flatkern::rotation_of(1, 1, 1e-17, flatkern::jacobi_tolerance(2)).turns);
+}
+
 }  // namespace
 
 int main() {
@@ -153,5 +192,7 @@ int main() {
   philox_vectors();
   normals_are_box_muller();
   double_doubles();
+  rounds_of_pairs();
+  rotations();
   return check::result("shared mathematics");
 }

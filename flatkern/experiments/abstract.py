@@ -38,7 +38,9 @@ def summarize(claims: Sequence[Claim]) -> list[Claim]:
             continue
         counts = {v: sum(c.verdict == v for c in parts) for v in (HELD, NOT_HELD, UNDECIDED)}
         verdict = NOT_HELD if counts[NOT_HELD] else UNDECIDED if counts[UNDECIDED] else HELD
-        detail = f"of {len(parts)} statements " + ", ".join(f"{n} {v}" for v, n in counts.items() if n)
+        detail = ("its statement: " if len(parts) == 1 else f"of {len(parts)} statements ") + ", ".join(
+            f"{n} {v}" for v, n in counts.items() if n
+        )
         worst = next(c for c in parts if c.verdict == verdict)
         found.append(Claim(statement, verdict, f"{detail}. {worst.statement}: {worst.detail}", topic))
     return found

@@ -279,19 +279,28 @@ def _over_checkpoints(config: DemoConfig, t: Trajectory) -> Claim:
     return Claim(statement, NOT_HELD if apart else UNDECIDED, numbers + note)
 
 
+_INEQUALITIES = {
+    "mls": "MLS is bounded by flatness: A ≤ B ≤ C ≤ D",
+    "mls_with_bias": "MLS is bounded by flatness, biases counted",
+    "nmls": "NMLS is bounded by flatness",
+    "nmls_with_bias": "NMLS is bounded by flatness, biases counted",
+    "lvr": "the mean local volume is bounded by flatness (LVR chain)",
+    "nvr": "the network's volume ratio is bounded by flatness (NVR)",
+    "pointwise_dv": "a sample's local volume is bounded by its ‖J‖",
+    "normalized_mls": "‖x‖²σ², which rescaling does not change, is bounded by gradients",
+}
+_PER_POSITION = "_per_position"
+_TOPIC_OF_BOUND = {"lvr": VOLUME_BOUND, "nvr": VOLUME_BOUND, "pointwise_dv": ""}
+
+
 def _bound(check: InequalityCheck) -> Claim:
     low, median, high = check.looseness
-    topic = VOLUME_BOUND if check.name == "lvr" else SENSITIVITY_BOUND
-    titles = {
-        "mls": "MLS is bounded by flatness: A ≤ B ≤ C ≤ D",
-        "nmls": "NMLS is bounded by flatness",
-        "lvr": "The mean local volume is bounded by flatness (LVR chain)",
-        "ma_ying": "The Ma–Ying bound on MLS",
-        "normalized_mls": "The rescaling-invariant bound on ‖x‖²σ²",
-    }
-    statement = titles.get(check.name, f"Inequality {check.name}")
+    # flatness is not in the forms per position
+    topic = "" if check.name.endswith(_PER_POSITION) else _TOPIC_OF_BOUND.get(check.name, SENSITIVITY_BOUND)
+    statement = _inequality_title(check.name)
     if check.samples != "training":
         statement = f"On {check.samples} samples: {statement}"
+    statement = statement[0].upper() + statement[1:]
     if not check.checked:
         return Claim(statement, UNDECIDED, f"not applicable at {check.not_applicable} points", topic)
     return Claim(
@@ -301,3 +310,13 @@ def _bound(check: InequalityCheck) -> Claim:
         f"decades apart (median {median:.2g})",
         topic,
     )
+
+
+def _inequality_title(name: str) -> str:
+    base = name.removesuffix(_PER_POSITION)
+    if base.startswith("ma_ying"):
+        power = base.removeprefix("ma_ying").removeprefix("_k_")
+        words = "the Ma–Ying bound on MLS" + (f", with power k = {power}" if power else "")
+    else:
+        words = _INEQUALITIES.get(base, f"inequality {base}")
+    return words if base == name else f"{words.replace('by flatness', 'by gradients')}, position by position"

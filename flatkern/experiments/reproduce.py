@@ -44,7 +44,7 @@ _FORMAT = 1
 class ReproduceConfig(DemoConfig):
     """What is trained and shown; make one with :func:`reproduction`."""
 
-    experiment: str = "all"
+    experiments: tuple[str, ...] = ("all",)
     full_steps: int = 750_000
     """The paper's iterations, of which ``steps`` are done."""
     weights: Path | None = None
@@ -52,20 +52,21 @@ class ReproduceConfig(DemoConfig):
 
     @property
     def sections(self) -> tuple[str, ...]:
-        """What the report shows."""
-        if self.experiment == "all":
-            return tuple(section for found in _SECTIONS.values() for section in found)
-        return _SECTIONS[self.experiment]
+        """What the report shows, in the order of :data:`EXPERIMENTS`."""
+        asked = {*self.experiments}
+        return tuple(s for name, found in _SECTIONS.items() if asked & {name, "all"} for s in found)
 
     @property
     def settings(self) -> tuple[Setting, ...]:
-        """Those that the experiment compares."""
-        if self.experiment == "transformers":
-            return ()
-        if self.experiment == "bounds":
-            return (self.middle,)
-        sweep = {"fig1": self.rate_sweep, "fig2": self.batch_sweep}.get(self.experiment)
-        return DemoConfig.settings.fget(self) if sweep is None else sweep  # type: ignore[attr-defined]
+        """Those that the experiments compare."""
+        few = {
+            "fig1": self.rate_sweep,
+            "fig2": self.batch_sweep,
+            "bounds": (self.middle,),
+            "transformers": (),
+        }
+        every = (*self.rate_sweep, *self.batch_sweep)
+        return tuple(dict.fromkeys(s for name in self.experiments for s in few.get(name, every)))
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -90,39 +91,40 @@ class ReproduceConfig(DemoConfig):
 
 
 def reproduction(
-    experiment: str,
-    *,
+    *experiments: str,
     data: str = "digits-mnist",
     network: str | None = None,
     budget: float = 1.0,
     **changes: Any,
 ) -> ReproduceConfig:
-    """The paper's settings for one of :data:`EXPERIMENTS`.
+    """The paper's settings for some of :data:`EXPERIMENTS`.
 
     Args:
-        experiment: what to run.
+        *experiments: what to run; they share the runs that they have in common.
         data: of :data:`flatkern.experiments.data.DATA_NAMES`.
         network: default the paper's for the images: VGG-10 for CIFAR-10, else the tanh MLP.
         budget: share of the paper's iterations, above 0 and at most 1.
         **changes: other fields of :class:`ReproduceConfig`.
 
     Raises:
-        UserError: an unknown experiment, or a budget that is none.
+        UserError: no experiment, an unknown one, or a budget that is none.
     """
-    if experiment not in EXPERIMENTS:
-        raise UserError(f"unknown experiment {experiment!r}; there are {', '.join(EXPERIMENTS)}")
+    if unknown := [name for name in experiments if name not in EXPERIMENTS]:
+        raise UserError(f"unknown experiment {unknown[0]!r}; there are {', '.join(EXPERIMENTS)}")
+    if not experiments:
+        raise UserError(f"experiments: none was named; there are {', '.join(EXPERIMENTS)}")
     if not (math.isfinite(budget) and 0 < budget <= 1):
         raise UserError(f"--budget must be above 0 and at most 1, got {budget:g}")
     base = paper()
     fields: dict[str, Any] = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
     fields |= {
         "preset": "reproduce",
-        "experiment": experiment,
+        "experiments": experiments,
         "data": data,
         "network": network or ("vgg10" if data.startswith("cifar") else "mlp-tanh"),
         "full_steps": base.steps,
         "steps": max(1, round(base.steps * budget)),
-        "elsewhere": ELSEWHERE if experiment in ("test-samples", "all") else (),
+        "elsewhere": ELSEWHERE if {"test-samples", "all"} & {*experiments} else (),
         "output": Path("flatkern-reproduce"),
     }
     return ReproduceConfig(**(fields | changes))
@@ -188,7 +190,7 @@ def _jobs(config: ReproduceConfig) -> list[ReproduceConfig]:
     """One a network."""
     found = [config] if config.settings else []
     if "transformers" in config.sections and config.weights is None:
-        vit = replace(config, experiment="fig1", elsewhere=(), points=min(config.points, 10), every=None)
+        vit = replace(config, experiments=("fig1",), elsewhere=(), points=min(config.points, 10), every=None)
         found += [replace(vit, network=name) for name in VITS if name != config.network]
     return found
 

@@ -3,7 +3,7 @@ activations, softmax, cross-entropy and norms with their second-order terms.
 
 Every operator is an ordinary differentiable function (`grad`, `jvp`, `vmap`, second order, `torch.compile`),
 and has two implementations with the same results: a pure-PyTorch reference and a compiled one (SIMD on the
-CPU, CUDA where it was built); `attention` has the former only, and no third derivatives.
+CPU, CUDA where it was built); `attention` has the latter for CUDA only, and no third derivatives.
 `FLATKERN_KERNELS=auto|compiled|reference`, read at import, chooses; `active()` says what was chosen and why.
 `flatkern.native` offers the kernels over NumPy arrays.
 """

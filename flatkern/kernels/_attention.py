@@ -44,7 +44,8 @@ def attention(
 
     Cost, in products of T² d multiply-adds a head (half where causal): value 2, gradient 5, tangent 5, and 12 for
     the double backward that a Hessian-vector product needs. Memory: a few copies of the inputs, and up to four blocks
-    of 1 to 4 MiB (64 MiB on a GPU).
+    of 1 to 4 MiB (64 MiB on a GPU). CUDA tensors in float32 (bfloat16, float16) with heads up to 128 take kernels that
+    form some products again and store no blocks; docs/kernels.md.
 
     Raises:
         TypeError: another dtype, or dtypes that differ.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _attention_blocks as blocks
+from . import _attention_blocks, _attention_kernels
 from ._attention_batching import MASK, batched, call
 from ._attention_layout import Form, Saved
 from ._registration import in_graph, quick
@@ -29,6 +29,11 @@ THRICE = (
     "torch.nn.attention.sdpa_kernel(SDPBackend.MATH) for third derivatives and for forward mode over forward mode"
 )
 Needs = tuple[bool, bool, bool, bool]
+
+
+def _for(q: Tensor, v: Tensor, form: Form) -> Any:
+    """The module that computes: the CUDA kernels where they take it, else plain PyTorch."""
+    return _attention_kernels if _attention_kernels.takes(q, v, form) else _attention_blocks
 
 
 def _operands(ctx: Any, tangents: Sequence[Any]) -> tuple[list[Any], list[Any], bool]:
@@ -61,7 +66,7 @@ def _keep(ctx: Any, form: Form, inputs: Sequence[Any], *tensors: Tensor | None) 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, form: Form) -> tuple[Tensor, Tensor]:
-        return blocks.forward(q, k, v, mask, form)
+        return _for(q, v, form).forward(q, k, v, mask, form)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -99,7 +104,7 @@ class _Gradient(torch.autograd.Function):
         q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, stats: Tensor, out: Tensor, g: Tensor,
         form: Form, needs: Needs,
     ) -> Any:  # fmt: skip
-        return blocks.gradient(Saved(q, k, v, mask, stats, out), g, form, needs)
+        return _for(q, v, form).gradient(Saved(q, k, v, mask, stats, out), g, form, needs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Any) -> None:
@@ -142,7 +147,7 @@ class _Tangent(torch.autograd.Function):
         q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, stats: Tensor, out: Tensor,
         dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, dmask: Tensor | None, form: Form,
     ) -> Tensor:  # fmt: skip
-        return blocks.tangent(Saved(q, k, v, mask, stats, out), dq, dk, dv, dmask, form)
+        return _for(q, v, form).tangent(Saved(q, k, v, mask, stats, out), dq, dk, dv, dmask, form)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Any) -> None:
@@ -183,7 +188,7 @@ class _Second(torch.autograd.Function):
         form: Form, needs: Needs,
     ) -> Any:  # fmt: skip
         saved = Saved(q, k, v, mask, stats, out)
-        return blocks.second(saved, g, dq, dk, dv, dmask, dg, form, needs)
+        return _for(q, v, form).second(saved, g, dq, dk, dv, dmask, dg, form, needs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Any) -> None:

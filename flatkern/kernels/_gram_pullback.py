@@ -38,7 +38,7 @@ def reference(
 
 def _raw(*operands: Tensor) -> Tensor:
     x, *rest = operands
-    if not runs_compiled(x, cuda=False):
+    if not runs_compiled(x):
         return reference(x, *rest)
     few = few_dims(x)
     batch = few.shape[:-2]

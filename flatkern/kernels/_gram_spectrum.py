@@ -37,7 +37,8 @@ def gram_singular_values(x: Tensor, *, precise: bool = True) -> Tensor:
     For up to 64 values by Householder tridiagonalization and QL iterations of G = x xᵀ, a vector of samples at once. A
     sample whose smallest eigenvalue is below 10⁻¹⁰ of its largest has lost the digits of σ_r in G; its rows are then
     factored, x = L Q, and L is diagonalized by one-sided Jacobi rotations. Chosen sample by sample inside the kernel.
-    There is no CUDA kernel: on a GPU `eigvalsh` (which waits for it), and an SVD of every sample unless not `precise`.
+    The CUDA kernel turns the Gram matrix's Cholesky factor by Jacobi rotations too, and takes a factor from the rows in
+    twice the precision for samples that lost digits.
 
     The derivative is ∂σ_j = u_jᵀ ∂x xᵀ u_j / σ_j; second derivatives divide by σ_j² − σ_i² and are not finite where
     values coincide, as those of `torch.linalg.svdvals`.
@@ -45,7 +46,8 @@ def gram_singular_values(x: Tensor, *, precise: bool = True) -> Tensor:
     Args:
         x: [..., c, d], float32 or float64, any strides.
         precise: with False samples that lost the digits of small values are left so, which is quicker where only the
-            large ones matter: every σ² is good to rounding of σ_1². No effect where a derivative may be asked for.
+            large ones matter: every σ² is good to rounding of σ_1². No effect where a derivative may be asked for, and
+            little on a GPU.
 
     Returns:
         [..., min(c, d)], float64; NaN for a sample with NaN or infinities.
@@ -158,14 +160,14 @@ def reference(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _raw(x: Tensor, precise: bool) -> Tensor:
-    if not runs_compiled(x, cuda=False, limit=MAX_SPECTRUM):
+    if not runs_compiled(x, limit=MAX_SPECTRUM):
         return reference_values(x, precise)
     values: Tensor = torch.ops.flatkern.gram_singular_values(few_dims(x), precise)
     return values.reshape(x.shape[:-1])
 
 
 def _raw_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
-    if not runs_compiled(x, cuda=False, limit=MAX_SPECTRUM):
+    if not runs_compiled(x, limit=MAX_SPECTRUM):
         return reference(x)
     values, U = torch.ops.flatkern.gram_singular_vectors(few_dims(x))
     return values.reshape(x.shape[:-1]), U.reshape(*x.shape[:-1], x.shape[-2])

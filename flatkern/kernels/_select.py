@@ -85,6 +85,7 @@ class _State:
         self.available = not self.problem
         # a library of an earlier build in a source tree lacks what was added since
         self.jets = self.available and hasattr(torch.ops.flatkern, "activation_jet")
+        self.attention = self.available and hasattr(torch.ops.flatkern, "attention_second")
         self.compiled = self.available and self.requested != "reference"
         if self.requested == "compiled" and self.problem:
             raise ImportError(f"FLATKERN_KERNELS=compiled, but there are no compiled kernels: {self.problem}")
@@ -126,6 +127,11 @@ def runs_elementwise(x: Tensor) -> bool:
 def jets_available() -> bool:
     """Whether the library that was loaded has the jets."""
     return _state.jets
+
+
+def attention_available() -> bool:
+    """Whether the library that was loaded has attention."""
+    return _state.attention
 
 
 def compiled_available() -> bool:

@@ -66,7 +66,7 @@ def _raw(G: Tensor) -> Tensor:
 
 
 def _raw_pullback(G: Tensor, weight: Tensor) -> Tensor:
-    if not runs_compiled(G, cuda=False):
+    if not runs_compiled(G):
         return reference_pullback(G, weight)
     few = few_dims(G)
     out: Tensor = torch.ops.flatkern.spd_pullback(few, weight.reshape(few.shape[:-2]).contiguous())

@@ -70,6 +70,13 @@ def test_settings_are_the_papers() -> None:
     assert reproduction("fig2").settings == config.batch_sweep
     assert reproduction("bounds").settings == (config.middle,)
     assert reproduction("transformers").settings == ()
+    both = reproduction("fig2", "fig1")
+    assert set(both.settings) == set(config.settings)
+    assert both.sections == ("rate", "batch")
+    assert both.elsewhere == ()
+    assert reproduction("bounds", "transformers").settings == (config.middle,)
+    assert reproduction("fig1", "test-samples").settings == config.settings
+    assert reproduction("fig1", "test-samples").elsewhere == ("test", "misclassified")
     assert reproduction("fig1", data="cifar-2").network == "vgg10"
     small = reproduction("fig1", budget=0.01)
     assert small.steps == 7500
@@ -78,19 +85,20 @@ def test_settings_are_the_papers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "what"),
+    ("experiments", "arguments", "what"),
     [
-        ({"experiment": "fig3"}, "unknown experiment 'fig3'"),
-        ({"experiment": "fig1", "budget": 0.0}, "--budget"),
-        ({"experiment": "fig1", "budget": math.nan}, "--budget"),
-        ({"experiment": "fig1", "seeds": 0}, "seeds must be at least 1"),
-        ({"experiment": "fig1", "every": 0}, "every must be at least 1"),
-        ({"experiment": "fig1", "elsewhere": ("train",)}, "unknown samples 'train'"),
+        ((), {}, "experiments: none was named"),
+        (("fig1", "fig3"), {}, "unknown experiment 'fig3'"),
+        (("fig1",), {"budget": 0.0}, "--budget"),
+        (("fig1",), {"budget": math.nan}, "--budget"),
+        (("fig1",), {"seeds": 0}, "seeds must be at least 1"),
+        (("fig1",), {"every": 0}, "every must be at least 1"),
+        (("fig1",), {"elsewhere": ("train",)}, "unknown samples 'train'"),
     ],
 )
-def test_nonsense_is_refused(arguments: dict, what: str) -> None:
+def test_nonsense_is_refused(experiments: tuple, arguments: dict, what: str) -> None:
     with pytest.raises(UserError, match=what):
-        reproduction(**arguments)
+        reproduction(*experiments, **arguments)
 
 
 def test_every_file_is_there_and_states_the_scale(result: Result) -> None:

@@ -94,7 +94,7 @@ def twice(f, tensors, vectors, **batched):
 
 def ggn_push(f, tensors, vectors, **batched):
     leaves = [t.clone().requires_grad_() for t in tensors]
-    w = torch.zeros((), dtype=DOUBLE, requires_grad=True)
+    w = leaves[0].new_zeros(()).requires_grad_()
     pulled = torch.autograd.grad(f(*leaves), leaves, w, create_graph=True)
     return torch.autograd.grad(pulled, w, vectors, **batched)
 

@@ -96,3 +96,67 @@ def test_lost_digits_are_found_on_the_device(c, condition):
     U, S, Vh = torch.linalg.svd(x[:3], full_matrices=False)
     expected = 2 * (U / S[:, None]) @ Vh
     assert ((got[:3].cpu() - expected).abs().amax() / expected.abs().amax()) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("c", [1, 2, 3, 5, 8, 17, 32, 33, 64, 65])
+@pytest.mark.parametrize("n", [0, 1, 50])
+def test_spectra(dtype, c, n):
+    x = rows(n, c, c + 5, 1e3, dtype)
+    expected = torch.linalg.svdvals(x.double())
+    with using("compiled"):
+        on_gpu = x.cuda()
+        torch.testing.assert_close(kernels.gram_singular_values(on_gpu).cpu(), expected, rtol=1e-9, atol=0)
+        strided = on_gpu.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+        torch.testing.assert_close(kernels.gram_singular_values(strided).cpu(), expected, rtol=1e-9, atol=0)
+        leaf = on_gpu.requires_grad_()
+        (got,) = torch.autograd.grad(kernels.gram_spectrum(leaf).log_volume.sum(), leaf)
+    U, S, Vh = torch.linalg.svd(x.double(), full_matrices=False)
+    want = (U / S[..., None, :]) @ Vh
+    allowed = 1e-6 if dtype == torch.float64 else 1e-4
+    torch.testing.assert_close(got.cpu().double(), want, rtol=allowed, atol=allowed)
+
+
+@pytest.mark.parametrize("c", [4, 12])
+def test_spectra_that_the_gram_has_lost(c):
+    x = rows(8, c, c + 4, 1e8)
+    x[3] = 0
+    x[4, -1] = x[4, 0]
+    x[5, 0, 0] = torch.nan
+    expected = torch.linalg.svdvals(x[[0, 1, 2, 3, 4, 6, 7]])
+    with using("compiled"):
+        got = kernels.gram_singular_values(x.cuda()).cpu()
+    assert got[5].isnan().all()
+    kept = got[[0, 1, 2, 3, 4, 6, 7]]
+    assert ((kept - expected).abs() <= 1e-14 * c * expected[:, :1]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("c", [1, 2, 5, 31, 33, 64, 100, 128])
+def test_derivative_of_logdet(dtype, c):
+    G = spd(20, c, 10.0, dtype)
+    weight = torch.randn(20, dtype=dtype)
+    weight[1] = 0
+    for name in ("cuda", "cpu"):
+        leaf = G.to(name).requires_grad_()
+        with using("compiled"):
+            (got,) = torch.autograd.grad(kernels.spd_logdet(leaf), leaf, weight.to(name))
+        expected = weight[:, None, None].double() * torch.linalg.inv(G.double())
+        allowed = 1e-10 if dtype == torch.float64 else 2e-3
+        torch.testing.assert_close(got.cpu().double(), expected, rtol=allowed, atol=allowed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("c", "d"), [(1, 1), (5, 3), (10, 200), (64, 65), (128, 70)])
+def test_derivative_of_gram_statistics(dtype, c, d):
+    x = torch.randn(3, c, d, dtype=dtype)
+    results = []
+    for name in ("cuda", "cpu"):
+        leaf = x.to(name).requires_grad_()
+        with using("compiled"):
+            s = kernels.gram_stats(leaf)
+            logdet = torch.where(s.rank_deficient, 0.0, s.logdet)
+            (got,) = torch.autograd.grad((logdet + s.trace + 0.1 * s.frobenius_sq).sum(), leaf)
+        results.append(got.cpu())
+    allowed = 1e-9 if dtype == torch.float64 else 1e-4
+    torch.testing.assert_close(results[0], results[1], rtol=allowed, atol=allowed)
