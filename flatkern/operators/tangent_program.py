@@ -46,11 +46,19 @@ class TangentProgram:
             needed.update(rule.inputs)
             rules.append(rule)
         self._rules = rules[::-1]
-        for rule in self._rules:
-            if len(rule.outputs) == 1 and rule.outputs[0] not in self._targets:
-                rule.meet([other for other in rules if rule.outputs[0] in other.inputs])
+        self._introduce()
         self._arrange_images()
         self._plans: dict[tuple[tuple[bool, ...], tuple[int, ...]], list[Step]] = {}
+
+    def _introduce(self) -> None:
+        """Tells each rule who takes its output, where that is for the rules alone to settle."""
+        consumers: dict[int, list[Rule]] = {}
+        for rule in self._rules:
+            for i in dict.fromkeys(rule.inputs):
+                consumers.setdefault(i, []).append(rule)
+        for rule in self._rules:
+            if len(rule.outputs) == 1 and rule.outputs[0] not in self._targets:
+                rule.meet(consumers.get(rule.outputs[0], []))
 
     def _arrange_images(self) -> None:
         """Constants that meet images from convolutions get the order of memory that those have."""
