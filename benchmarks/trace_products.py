@@ -1,12 +1,13 @@
 """How many products Hutchinson, Hutch++ and XTrace need for a true error, from one sketch of the matrix.
 
-All three are unbiased and leave a Hutchinson sample of (I − QQᵀ)A(I − QQᵀ), Q an orthonormal basis of A times some sign
-vectors: none for Hutchinson, N of 3 N products for Hutch++, k − 1 for each of the k terms of XTrace (2 k products). With
-s²(N) the variance of gᵀ(I − Q_N Q_Nᵀ)A(I − Q_N Q_Nᵀ)g over sign vectors g their root mean square errors are
+All three are unbiased and leave Hutchinson samples of (I − QQᵀ)A(I − QQᵀ), Q an orthonormal basis of A times some
+sign vectors: none for Hutchinson, N of 3 N products for Hutch++, k − 1 for each of the k terms of XTrace (2 k
+products). With s²(N) the variance of gᵀ(I − Q_N Q_Nᵀ)A(I − Q_N Q_Nᵀ)g over sign vectors g the root mean square errors
+are
 
 - Hutchinson with m products: s(0)/√m,
 - Hutch++: s(N)/√N,
-- XTrace: s(k − 1)/√k, its terms taken as uncorrelated.
+- XTrace: s(k − 1)/√k, its terms taken as uncorrelated (they are a little, which costs it up to a third more error).
 
 One basis of N vectors holds those of all smaller N, and the same K vectors g serve for all: 2 N + K products.
 """
@@ -63,32 +64,38 @@ class Sketch:
 
     def needed(self, method: str, tolerance: float) -> Needed:
         """Products for an error of ``tolerance``; beyond the sketch by the power of N seen over its second half."""
-        value, outside = _products(self.forms, method, tolerance)
         count = self.forms.shape[1]
-        without = torch.tensor(
-            [
-                _products(self.forms[:, [j for j in range(count) if j != i]], method, tolerance)[0]
-                for i in range(count)
-            ]
-        )
+        variances = self.forms.var(1)
+        value, outside = _products(variances / tolerance**2, method)
+        # the variances without one of the samples
+        away = (self.forms - self.forms.mean(1, keepdim=True)).square() * (count / (count - 1))
+        left = ((count - 1) * variances.unsqueeze(1) - away) / (count - 2)
+        without = torch.tensor([_products(v / tolerance**2, method)[0] for v in left.unbind(1)])
         spread = float((without - without.mean()).square().sum() * (count - 1) / count) ** 0.5
         return Needed(value, spread, outside)
 
 
-def _products(forms: Tensor, method: str, tolerance: float) -> tuple[float, bool]:
-    variances = forms.var(1) / tolerance**2
+def _products(variances: Tensor, method: str) -> tuple[float, bool]:
+    """From s²(N) over the square of the tolerance; and whether N is beyond them."""
     if method == "hutchinson":
         return max(2.0, float(variances[0])), False
-    share, fewer = (3, 0) if method == "hutch++" else (2, 1)
+    share, more = (3, 0) if method == "hutch++" else (2, 1)
     largest = len(variances) - 1
-    for basis in range(1, largest + 1):
-        if float(variances[basis]) <= basis + fewer:
-            return float(share * (basis + fewer)), False
+    # samples are N + more: the first N where they suffice, and between it and the last one where they do not
+    excess = (variances[1:] / (torch.arange(1, largest + 1) + more)).log()
+    enough = (excess <= 0).nonzero().flatten().tolist()
+    if enough:
+        at = enough[0]
+        part = float(excess[at] / (excess[at - 1] - excess[at])) if at else 0.0
+        return share * (at + 1 + part + more), False
     # s²(N) ∝ N^(−q), no faster than it falls over the second half of what was seen
     half = max(1, largest // 2)
-    seen = math.log(float(variances[half] / variances[largest])) / math.log(largest / half)
-    power = max(0.0, seen) if largest > half else 0.0
-    return share * largest * (float(variances[largest]) / largest) ** (1 / (1 + power)), True
+    seen = (
+        math.log(float(variances[half] / variances[largest])) / math.log(largest / half)
+        if largest > half
+        else 0.0
+    )
+    return share * largest * (float(variances[largest]) / largest) ** (1 / (1 + max(0.0, seen))), True
 
 
 def sketch(
@@ -100,6 +107,7 @@ def sketch(
     tolerance: float,
     seconds: float = math.inf,
     seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> Sketch:
     """Sketch a symmetric matrix until Hutch++ and XTrace reach a tolerance.
 
@@ -111,11 +119,12 @@ def sketch(
         tolerance: the error aimed at; a larger basis than it asks for is not made.
         seconds: CPU time after which the basis grows no more.
         seed: of the sign vectors.
+        dtype: of A.
     """
     generator = torch.Generator().manual_seed(seed)
 
     def signs(count: int) -> Tensor:
-        return torch.randint(0, 2, (size, count), generator=generator).float().mul_(2).sub_(1)
+        return torch.randint(0, 2, (size, count), generator=generator).to(dtype).mul_(2).sub_(1)
 
     begun = time.process_time()
     left = signs(probes)
@@ -141,7 +150,8 @@ def sketch(
             c, row = inside[: j + 1], own[j, : j + 1]
             added = c[j] * (2 * (row[:j] @ c[:j]) + row[j] * c[j] - 2 * across[j])
             rows.append(rows[-1] + added)
-        reached = not any(_products(torch.stack(rows), m, tolerance)[1] for m in METHODS)
+        variances = torch.stack(rows).var(1) / max(tolerance, torch.finfo(dtype).tiny) ** 2
+        reached = not any(_products(variances, m)[1] for m in METHODS)
         if reached or time.process_time() - begun > seconds:
             break
     return Sketch(torch.stack(rows))
