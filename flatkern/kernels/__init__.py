@@ -1,5 +1,5 @@
-"""Kernels over torch tensors: log-determinants and Gram matrices, random probes, a Lanczos step, attention, and
-activations, softmax, cross-entropy and norms with their second-order terms.
+"""Kernels over torch tensors: log-determinants and Gram matrices, ghost norms, random probes, a Lanczos step,
+attention, and activations, softmax, cross-entropy and norms with their second-order terms.
 
 Every operator is an ordinary differentiable function (`grad`, `jvp`, `vmap`, second order, `torch.compile`),
 and has two implementations with the same results: a pure-PyTorch reference and a compiled one (SIMD on the
@@ -17,6 +17,7 @@ from ._activation_jets import (
     activation_pullback,
 )
 from ._attention import attention
+from ._ghost_norm import conv_ghost_norm, ghost_norm
 from ._gram import gram
 from ._gram_spectrum import GramSpectrum, gram_singular_values, gram_spectrum
 from ._gram_stats import GramStats, gram_stats
@@ -41,8 +42,10 @@ __all__ = [
     "activation_pullback",
     "active",
     "attention",
+    "conv_ghost_norm",
     "cross_entropy_hvp",
     "cross_entropy_jet",
+    "ghost_norm",
     "gram",
     "gram_singular_values",
     "gram_spectrum",
