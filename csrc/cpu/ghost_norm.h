@@ -17,12 +17,18 @@
 
 namespace flatkern::cpu::FLATKERN_ISA {
 
+template <int n>
+struct Count {
+  static constexpr int value = n;
+};
+
 template <typename T>
 struct GhostTile {
   static constexpr int width = Simd<T>::width;
   static constexpr int vectors = 2;
   static constexpr int lanes = vectors * width;                     // of a panel
   static constexpr int rows = FLATKERN_VECTOR_BYTES == 64 ? 8 : 4;  // of a left factor; divides `lanes`
+  static constexpr int few = rows / 4;                              // of what is left over at the end
   static constexpr int panels = 768 / static_cast<int>(sizeof(T)) / lanes;
   static constexpr int side = panels * lanes;  // rows and columns of a tile
   static constexpr int depth = 128;            // packed at a time
@@ -275,13 +281,19 @@ inline void ghost_tile(const T* left, int rows, const T* right, int cols, int kc
         break;  // wholly below the diagonal
       const T* a = left + i / G::lanes * G::lanes * G::depth + i % G::lanes;
       const std::int64_t reach = symmetric ? above : 1 << 20;
+      const auto step = [&](auto height, auto vectors) __attribute__((always_inline)) {
+        ghost_step<T, height.value, vectors.value, finish>(a, b, kc, more, tile, weights, i, j, rows - i,
+                                                           sums, reach, total);
+      };
+      const auto block = [&](auto vectors) __attribute__((always_inline)) {
+        rows - i > G::few ? step(Count<G::rows>{}, vectors) : step(Count<G::few>{}, vectors);
+      };
       if (width > 2 * G::width) {
-        ghost_step<T, G::rows, G::vectors, finish>(a, b, kc, more, tile, weights, i, j, rows - i, sums, reach,
-                                                   total);
+        block(Count<G::vectors>{});
       } else if (width > G::width) {
-        ghost_step<T, G::rows, 2, finish>(a, b, kc, more, tile, weights, i, j, rows - i, sums, reach, total);
+        block(Count<2>{});
       } else {
-        ghost_step<T, G::rows, 1, finish>(a, b, kc, more, tile, weights, i, j, rows - i, sums, reach, total);
+        block(Count<1>{});
       }
     }
   }

@@ -3,7 +3,7 @@ attention, and activations, softmax, cross-entropy and norms with their second-o
 
 Every operator is an ordinary differentiable function (`grad`, `jvp`, `vmap`, second order, `torch.compile`),
 and has two implementations with the same results: a pure-PyTorch reference and a compiled one (SIMD on the
-CPU, CUDA where it was built); `attention` has the former only, and no third derivatives.
+CPU, CUDA where it was built); `attention` and `ghost_gram` have the former only, `attention` no third derivatives.
 `FLATKERN_KERNELS=auto|compiled|reference`, read at import, chooses; `active()` says what was chosen and why.
 `flatkern.native` offers the kernels over NumPy arrays.
 """
@@ -17,6 +17,7 @@ from ._activation_jets import (
     activation_pullback,
 )
 from ._attention import attention
+from ._ghost_gram import ghost_gram
 from ._ghost_norm import conv_ghost_norm, ghost_norm
 from ._gram import gram
 from ._gram_spectrum import GramSpectrum, gram_singular_values, gram_spectrum
@@ -45,6 +46,7 @@ __all__ = [
     "conv_ghost_norm",
     "cross_entropy_hvp",
     "cross_entropy_jet",
+    "ghost_gram",
     "ghost_norm",
     "gram",
     "gram_singular_values",

@@ -114,7 +114,9 @@ def windows(
 ) -> Tensor:
     """The patches of a convolution as a view of its padded input: [n, groups, *positions, C / groups, *kernel]."""
     n, channels, dims = inputs.shape[0], inputs.shape[1], len(kernel)
-    view = torch.nn.functional.pad(inputs, [p for size in reversed(padding) for p in (size, size)])
+    view = inputs
+    if any(padding):
+        view = torch.nn.functional.pad(inputs, [p for size in reversed(padding) for p in (size, size)])
     for d in range(dims):
         span = dilation[d] * (kernel[d] - 1) + 1
         view = view.unfold(d + 2, span, stride[d])[..., :: dilation[d]]
@@ -148,8 +150,9 @@ def _batched(
     info: Any, in_dims: Sequence[int | None], a: Tensor, g: Tensor, *sizes: Any
 ) -> tuple[Tensor, int]:
     """A batch of cotangents alone is more cotangents; else the batch is one of samples."""
-    if in_dims[0] is None:
-        stacked = g.movedim(in_dims[1], 0)
+    dim = in_dims[1]
+    if in_dims[0] is None and dim is not None:
+        stacked = g.movedim(dim, 0)
         value = _apply(a, stacked.flatten(0, 1), *sizes)
         return value.unflatten(0, stacked.shape[:2]), 0
     a, g = front(info, in_dims[:2], (a, g))
@@ -172,7 +175,8 @@ class _GhostNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None, None]:
         wanted = ctx.needs_input_grad[:2]
         a, g = ctx.saved_tensors
-        return *reference_pullback(a, g, grads[0], *ctx.sizes, wanted=wanted), None, None
+        position_dims, formed = ctx.sizes
+        return *reference_pullback(a, g, grads[0], position_dims, formed, wanted), None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
