@@ -25,13 +25,14 @@ struct Count {
 template <typename T>
 struct GhostTile {
   static constexpr int width = Simd<T>::width;
-  static constexpr int vectors = 2;
+  static constexpr int vectors = FLATKERN_VECTOR_BYTES == 32 ? 3 : 2;
   static constexpr int lanes = vectors * width;                     // of a panel
   static constexpr int rows = FLATKERN_VECTOR_BYTES == 64 ? 8 : 4;  // of a left factor; divides `lanes`
   static constexpr int few = rows / 4;                              // of what is left over at the end
   static constexpr int panels = 768 / static_cast<int>(sizeof(T)) / lanes;
   static constexpr int side = panels * lanes;  // rows and columns of a tile
-  static constexpr int depth = 128;            // packed at a time
+  static_assert(lanes % rows == 0 && side % lanes == 0, "panels must fit");
+  static constexpr int depth = 128;  // packed at a time
 };
 
 // Rows [first, first + count) of an operand's axis as a tile packs them.
@@ -386,13 +387,21 @@ void ghost_norm(const GhostInput<T>& x, bool formed, std::int64_t begin, std::in
     for (std::int64_t i = begin; i < end; ++i) out[k * n + i] = 0;
   }
   if (x.positions == 0 || x.d_in == 0 || x.d_out == 0 || x.cotangents == 0 || begin >= end) return;
-  // at most some 0.5 MiB, whatever the sizes
-  constexpr std::int64_t packed = G::side * G::depth, square = G::side * G::side;
-  T* const memory =
-      static_cast<T*>(std::malloc(static_cast<std::size_t>(2 * packed + 2 * square) * sizeof(T) + 64));
+  // at most 0.5 MiB (float) or 0.7 MiB whatever the sizes, less for small ones: fresh pages cost more than a
+  // product
+  const auto panels = [](std::int64_t size) {
+    const std::int64_t most = size < G::side ? size : G::side;
+    return (most + G::lanes - 1) / G::lanes * G::lanes;
+  };
+  const std::int64_t rows = panels(formed ? x.cotangents * x.d_out : x.positions);
+  const std::int64_t cols = panels(formed ? x.d_in : x.positions);
+  const std::int64_t left = formed || x.positions > G::side ? rows * G::depth : 0;
+  const std::int64_t right = cols * G::depth, tile = rows * G::side, weights = formed ? 0 : tile;
+  const auto bytes = static_cast<std::size_t>(left + right + tile + weights) * sizeof(T);
+  T* const memory = static_cast<T*>(std::malloc(bytes + 64));
   if (!memory) __builtin_trap();
   T* const room = reinterpret_cast<T*>((reinterpret_cast<std::uintptr_t>(memory) + 63) / 64 * 64);
-  const GhostRoom<T> rooms{room, room + packed, room + 2 * packed, room + 2 * packed + square};
+  const GhostRoom<T> rooms{room, room + left, room + left + right, room + left + right + tile};
   for (std::int64_t i = begin; i < end; ++i) {
     formed ? ghost_explicit(x, i, n, rooms, out) : ghost_gram(x, i, n, rooms, out);
   }

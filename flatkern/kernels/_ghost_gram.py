@@ -149,7 +149,7 @@ def _by_gradients(a: Inputs, g: Tensor, b: Inputs, h: Tensor, max_memory: int) -
 
 def _formed(a: Inputs, g: Tensor) -> Tensor:
     """Σ_t g_t a_tᵀ, [n K, G d_out d_in] in float64."""
-    k, n = g.shape[:2]
+    n = g.shape[1]
     formed = g.mT.double() @ a(slice(0, n)).double()  # [K, n, G, d_out, d_in]
     return formed.flatten(2).transpose(0, 1).flatten(0, 1)
 
