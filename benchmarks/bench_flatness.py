@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import flatkern as fk
-from benchmarks.bench_hessian_trace import LOSS, MODELS, train
 from benchmarks.timing import alternate
+from benchmarks.trace_networks import LOSS, MODELS, train
 from flatkern.experiments.data import load
 
 FIRST_ORDER = [

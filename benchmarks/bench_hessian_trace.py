@@ -1,9 +1,13 @@
-"""The Hessian's trace to 1 %: fk.hessian_trace against Hutchinson with a kept double-backward graph.
+"""The Hessian's trace to a true 1 %: fk.hessian_trace against the estimators of other packages.
 
-``python -m benchmarks.bench_hessian_trace`` trains each network on 512 MNIST digits, measures both sides in one run and
-writes benchmarks/results/hessian_trace.json. The other side is what PyHessian's ``data=`` path does: one graph of the
-gradient, kept; a product with a random sign vector a probe. Its probes to a true 1 % are predicted from the measured
-standard deviation of one, (sd / (0.01 Tr))²; running them would take minutes to hours.
+``make peers && python -m benchmarks.bench_hessian_trace`` trains each network on 512 MNIST digits, measures all sides
+in one run and writes benchmarks/results/hessian_trace.json; with ``--only`` it prints one network's rows and writes
+nothing.
+
+The others' number of products to a root mean square error of 1 % comes from the spread of their samples on this very
+Hessian, measured with a growing basis taken out (benchmarks/trace_products.py). Each then runs its own function on its
+own operator: with that many products where they fit a few seconds and the memory, else with as many as fit, and
+its time is scaled up by the number of products. That favours them: the orthogonalization grows faster.
 """
 
 from __future__ import annotations
@@ -11,7 +15,11 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import version
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,77 +27,25 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flatkern as fk
 from benchmarks.timing import save
+from benchmarks.trace_networks import LOSS, MODELS, train
+from benchmarks.trace_peers import PEERS, Peer
+from benchmarks.trace_products import METHODS, Needed, Sketch, sketch
 from flatkern.experiments.data import load
 
 RTOL = 0.01
 SEEDS = 3
-LOSS = nn.CrossEntropyLoss()
-
-
-def mlp(act: type[nn.Module]) -> nn.Module:
-    """784-512-512-10."""
-    return nn.Sequential(nn.Linear(784, 512), act(), nn.Linear(512, 512), act(), nn.Linear(512, 10))
-
-
-def vgg(act: type[nn.Module]) -> nn.Module:
-    """Four 3×3 convolutions in two pooled stages, then 1568-64-10."""
-    layers: list[nn.Module] = [nn.Unflatten(1, (1, 28, 28))]
-    channels = 1
-    for width in (16, 32):
-        layers += [
-            nn.Conv2d(channels, width, 3, padding=1),
-            act(),
-            nn.Conv2d(width, width, 3, padding=1),
-            act(),
-        ]
-        layers.append(nn.MaxPool2d(2))
-        channels = width
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 49, 64), act(), nn.Linear(64, 10))
-
-
-class ViT(nn.Module):
-    """Patches of 7 × 7, four pre-LN blocks of width 64 with four heads, GELU, mean over tokens."""
-
-    def __init__(self, width: int = 64) -> None:
-        super().__init__()
-        self.embed = nn.Conv2d(1, width, 7, stride=7)
-        self.position = nn.Parameter(torch.randn(1, 16, width) * 0.02)
-        self.blocks = nn.Sequential(
-            *(
-                nn.TransformerEncoderLayer(
-                    width, 4, 2 * width, dropout=0.0, batch_first=True, norm_first=True, activation="gelu"
-                )
-                for _ in range(4)
-            )
-        )
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images as rows [n, 784] → logits."""
-        h = self.embed(x.view(-1, 1, 28, 28)).flatten(2).transpose(1, 2) + self.position
-        logits: Tensor = self.head(self.norm(self.blocks(h)).mean(1))
-        return logits
-
-
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "MLP ReLU": lambda: mlp(nn.ReLU),
-    "MLP tanh": lambda: mlp(nn.Tanh),
-    "MLP GELU": lambda: mlp(nn.GELU),
-    "VGG ReLU": lambda: vgg(nn.ReLU),
-    "VGG GELU": lambda: vgg(nn.GELU),
-    "ViT GELU": ViT,
-}
-
-
-def train(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
-    """Adam, batches of 64."""
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-    source = torch.Generator().manual_seed(0)
-    for _ in range(steps):
-        chosen = torch.randint(len(x), (64,), generator=source)
-        optimizer.zero_grad()
-        LOSS(model(x[chosen]), y[chosen]).backward()
-        optimizer.step()
+STEPS = (0, 300)
+BASIS = {"MLP": 64, "VGG": 64, "ViT": 64}
+"""Vectors taken out, at most; for untrained networks, whose spectra are no few large eigenvalues, an eighth."""
+PROBES = {"MLP": 40, "VGG": 32, "ViT": 32}
+SKETCH_SECONDS = 75.0
+COLUMNS = {"MLP": 32, "VGG": 4, "ViT": 8}
+"""Vectors that curvlinops gets at a time: it takes all of a step at once, 0.5 GB each on the VGG."""
+PEER_SECONDS = 3.0
+SLOW_SECONDS = 30.0
+"""Where two calls of flatkern take more CPU seconds, there is no third."""
+LONG = 40
+"""Probes of the reference; none is made where every run takes more, and each is held against the others."""
 
 
 def cpu_seconds(function: Callable[[], object]) -> float:
@@ -99,94 +55,172 @@ def cpu_seconds(function: Callable[[], object]) -> float:
     return time.process_time() - begun
 
 
-def hutchinson(model: nn.Module, x: Tensor, y: Tensor, probes: int) -> tuple[Tensor, float, float]:
-    """Values of ``probes`` probes, CPU seconds of the graph, and of one probe."""
-    parameters = list(model.parameters())
-    source = torch.Generator().manual_seed(1)
-    begun = time.process_time()
-    with sdpa_kernel(SDPBackend.MATH):
-        gradients = torch.autograd.grad(LOSS(model(x), y), parameters, create_graph=True)
-    graph = time.process_time() - begun
-    values, seconds = [], []
-    for _ in range(probes):
-        begun = time.process_time()
-        signs = [torch.randint(0, 2, p.shape, generator=source).to(p) * 2 - 1 for p in parameters]
-        images = torch.autograd.grad(gradients, parameters, signs, retain_graph=True)
-        values.append(sum((v.double() * h.double()).sum() for v, h in zip(signs, images, strict=True)))
-        seconds.append(time.process_time() - begun)
-    return torch.stack([torch.as_tensor(v) for v in values]), graph, statistics.median(seconds)
+def math_attention(name: str) -> AbstractContextManager[None]:
+    """The form of attention that has second derivatives; flatkern finds it by itself."""
+    return sdpa_kernel(SDPBackend.MATH) if name.startswith("ViT") else nullcontext()
 
 
-def measure(
-    name: str, model: nn.Module, steps: int, x: Tensor, y: Tensor, probes: int, long: int
-) -> dict[str, object]:
-    """One row of the table."""
-    parameters = list(model.parameters())
-    gradient = statistics.median(
-        cpu_seconds(lambda: torch.autograd.grad(LOSS(model(x), y), parameters)) for _ in range(7)
-    )
-    runs, ours = [], []
+def own(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
+    """flatkern's side: its seeds, and the reference, of which no run is measured against itself."""
+    runs, seconds = [], []
     for seed in range(SEEDS):
-        ours.append(
-            cpu_seconds(
-                lambda seed=seed: runs.append(fk.hessian_trace(model, LOSS, (x, y), rtol=RTOL, seed=seed))
-            )
-        )  # type: ignore[misc]
+        begun = time.process_time()
+        runs.append(fk.hessian_trace(model, LOSS, (x, y), rtol=RTOL, seed=seed))
+        seconds.append(time.process_time() - begun)
+        if seed == 1 and sum(seconds) > SLOW_SECONDS:
+            break
     exact = runs[0].stderr == 0
-    reference = runs[0] if exact else fk.hessian_trace(model, LOSS, (x, y), samples=long, seed=99)
-    ggn = cpu_seconds(lambda: fk.ggn_trace(model, LOSS, (x, y)))
-    values, graph, probe = hutchinson(model, x, y, probes)
-    spread = float(values.std())
-    planned = (spread / (RTOL * reference.value)) ** 2
-    theirs = graph + planned * probe
-    own = statistics.median(ours)
+    probes = 0 if exact or runs[0].samples is None else len(runs[0].samples)
+    taken = list(runs)
+    if not exact and probes < LONG:
+        taken.append(fk.hessian_trace(model, LOSS, (x, y), samples=LONG, seed=99))
+    weights = [1.0 if exact else 1 / r.stderr**2 for r in taken]
+
+    def mean(left_out: int | None = None) -> float:
+        kept = [(w, r.value) for i, (w, r) in enumerate(zip(weights, taken, strict=True)) if i != left_out]
+        return sum(w * v for w, v in kept) / sum(w for w, _ in kept)
+
+    trace = mean()
     return {
-        "model": name,
-        "steps": steps,
-        "trace": reference.value,
-        "reference_stderr": reference.stderr,
-        "gradient_ms": 1e3 * gradient,
-        "flatkern_gradients": own / gradient,
-        "of_which_ggn": ggn / gradient,
-        "probes": 0 if exact or runs[0].samples is None else len(runs[0].samples),
-        "stated_error": runs[0].stderr / abs(reference.value),
-        "largest_error": max(abs(r.value - reference.value) for r in runs) / abs(reference.value),
-        "hutchinson_sd": spread / abs(reference.value),
-        "hutchinson_z": float(values.mean() - reference.value) / (spread / probes**0.5),
-        "hutchinson_probe_gradients": probe / gradient,
-        "hutchinson_probes": planned,
-        "hutchinson_gradients": theirs / gradient,
-        "ratio": theirs / own,
+        "trace": trace,
+        "reference_stderr": 0.0 if exact else sum(weights) ** -0.5,
+        "flatkern_s": statistics.median(seconds),
+        "ggn_s": cpu_seconds(lambda: fk.ggn_trace(model, LOSS, (x, y))),
+        "seeds": len(runs),
+        "probes": probes,
+        "stated_error": runs[0].stderr / abs(trace),
+        "largest_error": max(abs(r.value - mean(i)) for i, r in enumerate(runs)) / abs(trace),
     }
 
 
+def products(
+    name: str, model: nn.Module, x: Tensor, y: Tensor, steps: int, tolerance: float
+) -> tuple[Sketch, dict[str, Needed]]:
+    """The sketch of this Hessian, and each method's products."""
+    kind = name.split()[0]
+    op = fk.hessian(model, LOSS, (x, y))
+    found = sketch(
+        op.__matmul__,
+        op.shape[0],
+        most=BASIS[kind] if steps else BASIS[kind] // 8,
+        probes=PROBES[kind] if steps else PROBES[kind] // 2,
+        tolerance=tolerance,
+        seconds=SKETCH_SECONDS,
+    )
+    return found, {method: found.needed(method, tolerance) for method in METHODS}
+
+
+def peer_row(name: str, model: nn.Module, x: Tensor, y: Tensor, peer: Peer, needed: Needed) -> dict[str, Any]:
+    """One estimator of another package: runs, and its cost to the goal."""
+    share = peer.share
+    goal = share * max(2, round(needed.products / share))
+    with math_attention(name), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*create_graph=True.*")  # PyHessian's way
+        begun = time.process_time()
+        run = peer.make(model, x, y)
+        setup = time.process_time() - begun
+        least = 2 * share
+        one = cpu_seconds(lambda: run(least, 100)) / least
+        fitting = share * max(2, int(PEER_SECONDS / one) // share)
+        if peer.batched:
+            fitting = min(fitting, share * COLUMNS[name.split()[0]])
+        count = min(goal, fitting)
+        values, seconds = [], []
+        while not seconds or (len(seconds) < 3 and sum(seconds) < PEER_SECONDS / 2):
+            begun = time.process_time()
+            values.append(run(count, len(seconds)))
+            seconds.append(time.process_time() - begun)
+    model.zero_grad(set_to_none=True)
+    product = statistics.median(seconds) / count
+    return {
+        "peer": peer.name,
+        "products": needed.products,
+        "products_stderr": needed.stderr,
+        "extrapolated": needed.extrapolated,
+        "products_run": count,
+        "calls": len(seconds),
+        "values": values,
+        "product_s": product,
+        "cpu_s": setup + product * goal,
+    }
+
+
+def measure(name: str, model: nn.Module, steps: int, x: Tensor, y: Tensor) -> dict[str, Any]:
+    """One network's row."""
+    parameters = list(model.parameters())
+    gradients: list[float] = []
+
+    def time_gradient() -> None:
+        gradients.extend(
+            cpu_seconds(lambda: torch.autograd.grad(LOSS(model(x), y), parameters)) for _ in range(3)
+        )
+
+    time_gradient()
+    row: dict[str, Any] = {"model": name, "steps": steps, **own(model, x, y)}
+    show(row)
+    tolerance = RTOL * abs(row["trace"])
+    found, needed = products(name, model, x, y, steps, tolerance)
+    row["hutchinson_sd"] = found.error("hutchinson", 1) / abs(row["trace"])
+    row["basis"], row["spread_probes"] = found.size, found.forms.shape[1]
+    row["peers"] = []
+    for peer in PEERS:
+        time_gradient()
+        part = peer_row(name, model, x, y, peer, needed[peer.method])
+        expected = found.error(peer.method, part["products_run"])
+        part["z"] = [(v - row["trace"]) / expected for v in part.pop("values")]
+        part["ratio"] = part["cpu_s"] / row["flatkern_s"]
+        row["peers"].append(part)
+        show(part)
+    row["gradient_s"] = statistics.median(gradients)
+    return row
+
+
+def show(row: dict[str, Any]) -> None:
+    """Print numbers with four digits."""
+    print({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+
+
 def main() -> None:
-    """Run all, or the networks named, and write the result."""
+    """Run all and write the result, or show the networks named."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="*", default=list(MODELS))
-    parser.add_argument("--steps", nargs="*", type=int, default=[0, 300])
+    parser.add_argument("--only", nargs="*", choices=list(MODELS), help="these alone; nothing is written")
+    parser.add_argument(
+        "--steps", nargs="*", type=int, help="training steps, default 0 and 300; nothing is written"
+    )
     parser.add_argument("--samples", type=int, default=512)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     data = load("digits-mnist", num_train=arguments.samples, num_test=10).train
     x, y = data.x, data.labels
-    rows = []
-    for name in arguments.only:
-        for steps in arguments.steps:
+    rows, begun = [], time.perf_counter()
+    for name in arguments.only or MODELS:
+        for steps in arguments.steps or STEPS:
             torch.manual_seed(0)
             model = MODELS[name]()
             train(model, x, y, steps)
-            small = name.startswith("MLP")
-            rows.append(measure(name, model.eval(), steps, x, y, 40 if small else 16, 300 if small else 40))
-            print({k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
+            rows.append(measure(name, model.eval(), steps, x, y))
+            print(f"{name}, {steps} steps: {time.perf_counter() - begun:.0f} s so far", flush=True)
+    scores = torch.tensor([z for row in rows for peer in row["peers"] for z in peer["z"]])
+    agreement = float(scores.square().mean().sqrt())
+    print(
+        f"other packages' errors over the predicted ones: root mean square {agreement:.2f} of {len(scores)}"
+    )
+    if arguments.only or arguments.steps:
+        return
+    packages = ("PyHessian", "curvlinops-for-pytorch", "hessian-eigenthings")
     settings = {
         "data": f"{len(x)} MNIST digits",
         "loss": "mean cross-entropy",
         "training": "Adam 1e-3, batches of 64",
         "rtol": RTOL,
         "dtype": "float32",
+        "peers": ", ".join(f"{p} {version(p)}" for p in packages),
+        "attention": "the peers under sdpa_kernel(MATH)",
+        "runs_of_peers": f"root mean square of {len(scores)} errors over the predicted ones {agreement:.2f}",
+        "timing": f"CPU seconds; medians of {SEEDS} calls for flatkern (of 2 where they take more than "
+        f"{SLOW_SECONDS:.0f} s), of 1 to 3 for the peers, of 18 spread over the row for the gradient",
     }
-    save("hessian_trace", settings, rows)
+    print("written:", save("hessian_trace", settings, rows))
 
 
 if __name__ == "__main__":

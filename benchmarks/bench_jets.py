@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 import flatkern as fk
-from benchmarks.bench_hessian_trace import LOSS, MODELS, train
 from benchmarks.operator_problems import Block
 from benchmarks.timing import minima, save
+from benchmarks.trace_networks import LOSS, MODELS, train
 from flatkern import kernels
 from flatkern.experiments.data import load
 from flatkern.losses import TokenCrossEntropyLoss

@@ -125,6 +125,47 @@ def jets(result: dict[str, Any]) -> str:
     )
 
 
+def ghost(result: dict[str, Any]) -> str:
+    """Ghost norms of shared weights."""
+    sides = [
+        [
+            r["what"],
+            r["dtype"],
+            f"{r['own_ms']:.2f}",
+            f"{r['explicit_ms']:.2f} ({r['explicit_form']})",
+            f"**{r['ratio']:.2f}**",
+            f"{r['over_tiled_torch']:.2f}",
+            f"{r['difference']:.0e}",
+        ]
+        for r in result["rows"]
+        if "what" in r
+    ]
+    library = [
+        [r["call"], f"{r['before_ms']:,.1f}", f"{r['after_ms']:,.1f}", f"**{r['ratio']:.2f}**"]
+        for r in result["rows"]
+        if "call" in r
+    ]
+    header = [
+        "sizes",
+        "dtype",
+        "kernel ms",
+        "better explicit form, ms",
+        "ratio",
+        "over tiled PyTorch",
+        "difference",
+    ]
+    return (
+        "## Ghost norms\n\n"
+        "`kernels.ghost_norm` and `conv_ghost_norm` against the better of two explicit forms in PyTorch, which store\n"
+        "the gradients or the T × T matrices (patches by a strided copy), and against their own PyTorch reference by\n"
+        "tiles. *K*: cotangents of the same samples. Ratios: the other's time over the kernel's. *difference* is\n"
+        "relative, the largest, against the explicit form.\n\n"
+        f"`python -m benchmarks.bench_ghost`\n\n{_table(header, sides)}\n"
+        "In the library, whole calls without the kernel and with it:\n\n"
+        f"{_table(['call', 'without, ms', 'with, ms', 'ratio'], library)}\n{_settings(result)}"
+    )
+
+
 CASES = {
     "one vector": "One vector, one batch of n",
     "loader": "One vector, a loader of eight batches of n",
@@ -547,6 +588,7 @@ SECTIONS = {
     "ggn_spectrum": ggn_spectrum,
     "memory": memory,
     "kernels": kernels,
+    "ghost": ghost,
     "jets": jets,
     "probes": probes,
     "effect": effect,

@@ -21,7 +21,8 @@
 
 namespace py = pybind11;
 
-void bind_jets(py::module_& m);  // jet_bindings.cpp
+void bind_ghost(py::module_& m);  // ghost_bindings.cpp
+void bind_jets(py::module_& m);   // jet_bindings.cpp
 
 namespace {
 
@@ -224,5 +225,6 @@ PYBIND11_MODULE(_native, m) {
         py::arg("beta"), py::arg("threads") = 1);
   m.def("gram_singular_values", &gram_singular_values, py::arg("x"), py::arg("threads") = 1);
   m.def("build_info", &build_info);
+  bind_ghost(m);
   bind_jets(m);
 }

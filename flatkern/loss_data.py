@@ -13,7 +13,7 @@ from flatkern.losses import Loss, Reduction, resolve_loss
 from flatkern.operators.batches import OperatorData, tensors_in
 from flatkern.operators.evaluation import evaluate
 from flatkern.operators.ggn_op import output_gradient as mean_gradient
-from flatkern.problem import check_input, model_device
+from flatkern.problem import all_finite, check_input, model_device
 from flatkern.samples import count_samples
 
 __all__ = ["LossData", "check_target", "output_gradient", "separate_loss"]
@@ -76,7 +76,7 @@ class LossData:
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         for batch in self._data:
             for tensor in tensors_in(batch):
-                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                if tensor.is_floating_point() and not all_finite(tensor):
                     raise ValueError("data: a tensor of a batch holds NaN or Inf")
             if self._given is not None:
                 yield batch, None

@@ -20,6 +20,7 @@ except ImportError as _error:
         f"({_error}); build them with `FLATKERN_BUILD=required pip install --no-build-isolation -e .`"
     ) from _error
 
+from flatkern._native_ghost import conv_ghost_norm, ghost_norm
 from flatkern._native_jets import (
     ActivationDerivatives,
     Jet,
@@ -45,7 +46,9 @@ __all__ = [
     "activation_jet",
     "activation_pullback",
     "build_info",
+    "conv_ghost_norm",
     "cross_entropy_hvp",
+    "ghost_norm",
     "gram",
     "gram_stats",
     "lanczos_step",

@@ -89,6 +89,13 @@ std::int64_t grain_rows(std::int64_t cols, std::int64_t tangents) {
   return grain(50 + 0.5 * static_cast<double>(cols) * static_cast<double>(2 + 2 * tangents));
 }
 
+std::int64_t grain_ghost(std::int64_t cotangents, std::int64_t positions, std::int64_t d_in,
+                         std::int64_t d_out, bool formed) {
+  const double k = static_cast<double>(cotangents), t = static_cast<double>(positions);
+  const double a = static_cast<double>(d_in), g = static_cast<double>(d_out);
+  return grain(200 + 0.03 * (formed ? k * t * a * g : 0.5 * t * t * (a + k * g)));
+}
+
 std::int64_t grain_spectrum(std::int64_t c, std::int64_t d) {
   const double n = static_cast<double>(c);
   return grain(20 + 10 * n * n + 0.5 * n * n * n + 0.05 * n * n * static_cast<double>(d));

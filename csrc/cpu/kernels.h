@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../common/ghost.h"
 #include "../common/matrices.h"
 #include "jet_kernels.h"
 
@@ -50,6 +51,11 @@ template <typename T>
 using Lq = void (*)(const Matrices<T>& x, const bool* wanted, std::int64_t begin, std::int64_t end,
                     double* out);
 
+// |sum_t g_kt a_t^T|^2, [K, n], by tiles of the sums (`formed`) or of the T x T Gram matrices.
+template <typename T>
+using GhostNorm = void (*)(const GhostInput<T>& x, bool formed, std::int64_t begin, std::int64_t end,
+                           double* out);
+
 template <typename T>
 struct TypedKernels {
   SpdLogdet<T> spd_logdet;
@@ -59,6 +65,7 @@ struct TypedKernels {
   GramPullback<T> gram_pullback;
   GramSpectrum<T> gram_spectrum;
   Lq<T> lq;
+  GhostNorm<T> ghost_norm;
 };
 
 // Ranges [begin, end) of one row of random numbers, and ranges of n elements; see probes.h.
@@ -112,5 +119,7 @@ const Kernels* kernels_for(const char* isa);
 std::int64_t grain_spd(std::int64_t c);
 std::int64_t grain_gram(std::int64_t c, std::int64_t d);
 std::int64_t grain_spectrum(std::int64_t c, std::int64_t d);
+std::int64_t grain_ghost(std::int64_t cotangents, std::int64_t positions, std::int64_t d_in,
+                         std::int64_t d_out, bool formed);
 
 }  // namespace flatkern::cpu

@@ -1,6 +1,7 @@
 // The table of kernels of one instruction set; each isa_*.cpp instantiates it once.
 #pragma once
 
+#include "ghost_norm.h"
 #include "gram_spectrum.h"
 #include "gram_stats.h"
 #include "norm_jets.h"
@@ -19,9 +20,9 @@ const Kernels table = {
     FLATKERN_ISA_NAME,
     FLATKERN_VECTOR_BYTES,
     {spd_logdet<float>, spd_pullback<float>, gram<float>, gram_stats<float>, gram_pullback<float>,
-     gram_spectrum<float>, lq<float>},
+     gram_spectrum<float>, lq<float>, ghost_norm<float>},
     {spd_logdet<double>, spd_pullback<double>, gram<double>, gram_stats<double>, gram_pullback<double>,
-     gram_spectrum<double>, lq<double>},
+     gram_spectrum<double>, lq<double>, ghost_norm<double>},
     jet_kernels<float>,
     jet_kernels<double>,
     jet_kernels<Bf16>,

@@ -306,6 +306,53 @@ void edges(const Kernels& kernels, int c) {
   EXPECT(tall.deficient[0] && tall.bad[0] >= 1 && tall.logdet[0] == -INFINITY);
 }
 
+// |sum_t g_kt a_t^T|^2 in both forms, of rows that are contiguous along the features and along the positions.
+template <typename T>
+void ghost_norms(const Kernels& kernels, int positions, int d_in, int d_out, double tolerance) {
+  const int cotangents = 2, samples = 2;
+  const std::vector<double> wide_a = gaussians(count(samples, positions, d_in), 6);
+  const std::vector<double> wide_g = gaussians(count(cotangents * samples, positions, d_out), 7);
+  const std::vector<T> a(wide_a.begin(), wide_a.end()), g(wide_g.begin(), wide_g.end());
+  for (const bool turned : {false, true}) {
+    flatkern::GhostInput<T> x;
+    x.positions = positions, x.d_in = d_in, x.d_out = d_out, x.cotangents = cotangents;
+    x.cotangent_stride = samples * positions * d_out;
+    const auto fill = [&](flatkern::GhostOperand<T>& to, const std::vector<T>& from, int width) {
+      to.data = from.data();
+      to.samples.push(samples, positions * width);
+      to.positions.push(positions, turned ? 1 : width);
+      to.features.push(width, turned ? positions : 1);
+    };
+    fill(x.a, a, d_in);
+    fill(x.g, g, d_out);
+    for (const bool formed : {false, true}) {
+      std::vector<double> out(count(cotangents, samples), -1);
+      kernels.of(T{}).ghost_norm(x, formed, 0, 1, out.data());
+      kernels.of(T{}).ghost_norm(x, formed, 1, samples, out.data());
+      for (int k = 0; k < cotangents; ++k) {
+        for (int i = 0; i < samples; ++i) {
+          long double sum = 0;
+          for (int o = 0; o < d_out; ++o) {
+            for (int d = 0; d < d_in; ++d) {
+              long double entry = 0;
+              for (int t = 0; t < positions; ++t) {
+                entry +=
+                    static_cast<long double>(
+                        x.a.data[x.a.samples.offset(i) + x.a.positions.offset(t) + x.a.features.offset(d)]) *
+                    x.g.data[k * x.cotangent_stride + x.g.samples.offset(i) + x.g.positions.offset(t) +
+                             x.g.features.offset(o)];
+              }
+              sum += entry * entry;
+            }
+          }
+          EXPECT_NEAR(out[count(k, samples) + count(i)], static_cast<double>(sum),
+                      tolerance * (1 + static_cast<double>(sum)));
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -322,6 +369,12 @@ int main() {
       compare_with_plain_loops<double>(*kernels, c, 1e-11);
       spectra_and_lost_digits(*kernels, c);
       edges(*kernels, c);
+    }
+    for (const int positions : {1, 17, 200}) {
+      const std::string name = std::string(isa) + ", T = " + std::to_string(positions);
+      check::context = name.c_str();
+      ghost_norms<float>(*kernels, positions, 35, 26, 1e-4);
+      ghost_norms<double>(*kernels, positions, 130, 3, 1e-11);
     }
   }
   return check::result("CPU kernels");

@@ -1,9 +1,10 @@
-"""Kernels over torch tensors: log-determinants and Gram matrices, random probes, a Lanczos step, attention, and
-activations, softmax, cross-entropy and norms with their second-order terms.
+"""Kernels over torch tensors: log-determinants and Gram matrices, ghost norms, random probes, a Lanczos step,
+attention, and activations, softmax, cross-entropy and norms with their second-order terms.
 
 Every operator is an ordinary differentiable function (`grad`, `jvp`, `vmap`, second order, `torch.compile`),
 and has two implementations with the same results: a pure-PyTorch reference and a compiled one (SIMD on the
-CPU, CUDA where it was built); `attention` has the latter for CUDA only, and no third derivatives.
+CPU, CUDA where it was built); `attention` has the latter for CUDA only and no third derivatives, `ghost_gram` the
+former only.
 `FLATKERN_KERNELS=auto|compiled|reference`, read at import, chooses; `active()` says what was chosen and why.
 `flatkern.native` offers the kernels over NumPy arrays.
 """
@@ -17,6 +18,8 @@ from ._activation_jets import (
     activation_pullback,
 )
 from ._attention import attention
+from ._ghost_gram import ghost_gram
+from ._ghost_norm import conv_ghost_norm, ghost_norm
 from ._gram import gram
 from ._gram_spectrum import GramSpectrum, gram_singular_values, gram_spectrum
 from ._gram_stats import GramStats, gram_stats
@@ -41,8 +44,11 @@ __all__ = [
     "activation_pullback",
     "active",
     "attention",
+    "conv_ghost_norm",
     "cross_entropy_hvp",
     "cross_entropy_jet",
+    "ghost_gram",
+    "ghost_norm",
     "gram",
     "gram_singular_values",
     "gram_spectrum",

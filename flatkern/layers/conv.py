@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flatkern.kernels._ghost_norm import windows
 from flatkern.layers.outer import Features, OuterTerm
 from flatkern.layers.rule import Cotangent, Opened, Site, register
 from flatkern.layers.term import DenseTerm, Term
@@ -29,14 +30,11 @@ def patches(
     Zero padding on both sides; positions T are in the order of the convolution's output.
     """
     n, channels, dims = inputs.shape[0], inputs.shape[1], len(kernel)
-    windows = F.pad(inputs, [p for size in reversed(padding) for p in (size, size)])
-    for d in range(dims):
-        span = dilation[d] * (kernel[d] - 1) + 1
-        windows = windows.unfold(d + 2, span, stride[d])[..., :: dilation[d]]
-    # [n, C, *positions, *kernel] → [n, C, *kernel, *positions]: a strided copy, several times faster than im2col
-    order = (0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
+    view = windows(inputs, kernel, stride, padding, dilation, groups)
+    # [n, groups, C/groups, *kernel, *positions]: a strided copy, several times faster than im2col
+    order = (0, 1, *range(2 + dims, 3 + 2 * dims), *range(2, 2 + dims))
     width = channels // groups * torch.Size(kernel).numel()
-    return windows.permute(order).reshape(n, groups, width, -1).mT
+    return view.permute(order).reshape(n, groups, width, -1).mT
 
 
 def shifted(
@@ -53,17 +51,15 @@ def shifted(
     shift of the next, so all are views of one copy, smaller than the patches by that axis of the kernel.
     """
     n, channels, dims = inputs.shape[0], inputs.shape[1], len(kernel)
-    windows = F.pad(inputs, [p for size in reversed(padding) for p in (size, size)])
+    view = F.pad(inputs, [p for size in reversed(padding) for p in (size, size)])
     for d in range(1, dims):
         span = dilation[d] * (kernel[d] - 1) + 1
-        windows = windows.unfold(d + 2, span, stride[d])[..., :: dilation[d]]
+        view = view.unfold(d + 2, span, stride[d])[..., :: dilation[d]]
     # [n, C, *positions, *kernel] → [n, C, *kernel, *positions]
-    windows = windows.permute(0, 1, *range(2 + dims, 1 + 2 * dims), *range(2, 2 + dims))
-    row = torch.Size(
-        windows.shape[2 * dims + 1 - (dims - 1) :]
-    ).numel()  # positions a step along the first axis
-    count = row * (windows.shape[dims + 1] - dilation[0] * (kernel[0] - 1))
-    flat = windows.reshape(n * groups, channels // groups * torch.Size(kernel[1:]).numel(), -1)
+    view = view.permute(0, 1, *range(2 + dims, 1 + 2 * dims), *range(2, 2 + dims))
+    row = torch.Size(view.shape[2 * dims + 1 - (dims - 1) :]).numel()  # positions a step along the first axis
+    count = row * (view.shape[dims + 1] - dilation[0] * (kernel[0] - 1))
+    flat = view.reshape(n * groups, channels // groups * torch.Size(kernel[1:]).numel(), -1)
     return [flat[:, :, d * dilation[0] * row :][:, :, :count] for d in range(kernel[0])]
 
 
@@ -126,8 +122,14 @@ def _plain(site: Site, node: Any) -> Opened:
         def pieces(part: slice) -> list[Tensor]:
             return shifted(inputs[part], *geometry, groups)
 
+    def view(part: slice) -> Tensor:
+        images = inputs[part.start * frames : part.stop * frames]
+        found = windows(images, *geometry, groups)  # [images, G, *positions, C / G, *kernel]
+        return found if frames == 1 else found.unflatten(0, (-1, frames)).transpose(1, 2)
+
     shape = n, groups, frames * positions, width
-    features = Features(make, shape, inputs.element_size(), pieces)
+    dims = len(geometry[0]) + int(frames > 1)
+    features = Features(make, shape, inputs.element_size(), pieces, (view, dims))
     c_out = site.shape[0] // groups
 
     def term(g: Cotangent) -> Term:

@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from flatkern.kernels._ghost_gram import inner_products
+from flatkern.kernels._ghost_norm import ghost_norms
+from flatkern.kernels._select import runs_compiled_rows
 from flatkern.layers.shared_weight import cheaper_form, row_energy, weight_squared_norms
 from flatkern.layers.term import Term, chunks
 
@@ -24,7 +27,7 @@ class Features:
 
     Formed from ``make(samples)`` whenever asked for: chunks that stay in the cache cost less than reading all of them
     again from memory. Small ones are kept from the second time on, when several cotangents need them. ``size``:
-    bytes of an entry; 0 where asking takes no memory.
+    bytes of an entry; 0 where asking takes no memory. ``view``: see :meth:`as_view`.
     """
 
     def __init__(
@@ -33,8 +36,10 @@ class Features:
         shape: tuple[int, int, int, int],
         size: int,
         pieces: Callable[[slice], list[Tensor]] | None = None,
+        view: tuple[Callable[[slice], Tensor], int] | None = None,
     ) -> None:
         self.shape = shape
+        self._view = view
         self.bytes = torch.Size(shape).numel() * size
         self.pieces = pieces if self.bytes > _KEPT_BYTES else None
         """(samples) → parts [n' · G, d', T] whose rows together are those of aᵀ; ``None``: no cheaper than a."""
@@ -58,6 +63,12 @@ class Features:
             return self._kept[samples]
         self._formed += samples.stop - samples.start
         return self._make(samples)
+
+    def as_view(self, samples: slice) -> tuple[Tensor, int]:
+        """[n', G, *positions, *features] that need not be formed, and over how many dimensions the positions spread."""
+        if self._view is None:
+            return self(samples), 1
+        return self._view[0](samples), self._view[1]
 
     @property
     def energy(self) -> Tensor:
@@ -113,6 +124,8 @@ class OuterTerm(Term):
         if self.features.bytes:
             wanted = min(max_memory // 4, _CACHE_BYTES) if self.device.type == "cpu" else max_memory // 4
             step = max(1, self.n * wanted // self.features.bytes)
+        if self._by_kernel():
+            return torch.cat([self._tiled_squared_norms(part) for part in chunks(self.n, step)])
         wanted = max_memory // (2 * self.k * self.shape.numel() * self.cotangents.element_size())
         explicit = cheaper_form(positions, self.sizes[2], d_g, self.k) == "explicit"
         if self.features.pieces is not None and explicit and wanted > 0:
@@ -125,6 +138,17 @@ class OuterTerm(Term):
             norms = weight_squared_norms(a, g, max_memory if step == self.n else max_memory // 2)
             parts.append(norms.reshape(-1, groups).sum(1))
         return torch.cat(parts)
+
+    def _by_kernel(self) -> bool:
+        """Whether the compiled kernel takes these, where it was measured to win: on a CPU."""
+        plain = self.dtype in (torch.float32, torch.float64)
+        return plain and self.device.type == "cpu" and runs_compiled_rows(self.device)
+
+    def _tiled_squared_norms(self, samples: slice) -> Tensor:
+        """Σ_k ‖γ_ik‖² by tiles, of inputs that are read where they lie."""
+        a, dims = self.features.as_view(samples)
+        g = self.cotangents[:, samples].unflatten(3, a.shape[2 : 2 + dims])
+        return ghost_norms(a.to(g.dtype), g, dims).sum((0, 2))
 
     def _energy_of_pieces(self, samples: slice) -> Tensor:
         """Σ_k ‖γ_ik‖² where the order of the entries of γ does not matter."""
@@ -139,18 +163,10 @@ class OuterTerm(Term):
         """Σ_{t,s} (g_t·g'_s)(a_t·a'_s) for all pairs, by formed gradients or pairwise, whichever is cheaper."""
         if not isinstance(other, OuterTerm) or other.transposed != self.transposed:
             return super().gram(other, max_memory)
-        groups, t, d_a, d_g = self.sizes
-        s = other.sizes[1]
-        if groups == t == s == 1:
+        if self.sizes[:2] == other.sizes[:2] == (1, 1):
             return self._gram_of_single_positions(other)
-        rows, columns = self.n * self.k, other.n * other.k
-        formed = d_a * d_g * (rows * columns + rows * t + columns * s)
-        paired = self.n * other.n * (t * s * (d_a + self.k * d_g) + self.k * other.k * s * d_g)
-        return (
-            self._gram_of_pairs(other, max_memory)
-            if paired < formed
-            else self._gram_of_formed(other, max_memory)
-        )
+        pairs = inner_products(self.features, self.cotangents, other.features, other.cotangents, max_memory)
+        return pairs.reshape(self.n * self.k, other.n * other.k)
 
     def _gram_of_single_positions(self, other: OuterTerm) -> Tensor:
         everything = slice(0, self.n), slice(0, other.n)
@@ -160,39 +176,6 @@ class OuterTerm(Term):
         h = other.cotangents.flatten(2).transpose(0, 1).reshape(other.n * other.k, -1).double()
         product = (g @ h.mT).reshape(self.n, self.k, other.n, other.k)
         return (product.mul_(inputs[:, None, :, None])).reshape(self.n * self.k, -1)
-
-    def _gram_of_formed(self, other: OuterTerm, max_memory: int) -> Tensor:
-        """Gradients formed for some of the g axis at a time: [n K, n' K'] is accumulated in one place."""
-        d_g = self.sizes[3]
-        row_bytes = 16 * self.shape.numel() // d_g * (self.n * self.k + other.n * other.k)
-        out = torch.zeros(self.n * self.k, other.n * other.k, dtype=torch.float64, device=self.device)
-        for part in chunks(d_g, max_memory // max(1, row_bytes)):
-            left, right = self._formed_rows(part), other._formed_rows(part)
-            out.addmm_(left, right.mT)
-        return out
-
-    def _formed_rows(self, part: slice) -> Tensor:
-        a = self.features(slice(0, self.n))
-        formed = self.cotangents[..., part].mT.double() @ a.double()  # [K, n, G, part, d_a]
-        return formed.flatten(2).transpose(0, 1).reshape(self.n * self.k, -1)
-
-    def _gram_of_pairs(self, other: OuterTerm, max_memory: int) -> Tensor:
-        groups, t, d_a, d_g = self.sizes
-        s = other.sizes[1]
-        out = torch.empty(self.n, self.k, other.n, other.k, dtype=torch.float64, device=self.device)
-        pair_bytes = 8 * groups * (t * s + 2 * s * self.k * d_g)
-        fixed = 8 * groups * (t * (d_a + self.k * d_g) + s * (d_a + other.k * d_g))
-        at_once = max(1, int((max_memory / (2 * max(pair_bytes, fixed))) ** 0.5))
-        for rows in chunks(self.n, at_once):
-            a = self.features(rows).double().unsqueeze(1)  # [i, 1, G, T, d_a]
-            g = self.cotangents[:, rows].double().permute(1, 2, 3, 0, 4).flatten(3).unsqueeze(1)
-            for columns in chunks(other.n, at_once):
-                b = other.features(columns).double().unsqueeze(0)
-                h = other.cotangents[:, columns].double()  # [K', j, G, S, d_g]
-                mixed = (b @ a.mT) @ g  # Σ_t (a_t·b_s) g_t: [i, j, G, S, K d_g]
-                mixed = mixed.reshape(*mixed.shape[:4], self.k, d_g)
-                out[rows, :, columns] = torch.einsum("ijgskd,ljgsd->ikjl", mixed, h)
-        return out.reshape(self.n * self.k, other.n * other.k)
 
     def flipped(self) -> Term:
         """See :class:`flatkern.layers.term.Term`; only for one group and a matrix."""

@@ -65,6 +65,7 @@ def test_norms_from_shifts(name: str, max_memory: int | None, monkeypatch: pytes
     jacobian = torch.func.jacrev(lambda p: torch.func.functional_call(model, p, x))(parameters)
     true = sum(float(j.detach().square().sum()) for j in jacobian.values()) / len(x)
     monkeypatch.setattr(outer, "_KEPT_BYTES", 0)  # patches of this size would be kept instead
+    monkeypatch.setattr(outer.OuterTerm, "_by_kernel", lambda term: False)  # it forms nothing at all
     used = []
     monkeypatch.setattr(
         outer.OuterTerm,

@@ -160,3 +160,25 @@ def test_derivative_of_gram_statistics(dtype, c, d):
         results.append(got.cpu())
     allowed = 1e-9 if dtype == torch.float64 else 1e-4
     torch.testing.assert_close(results[0], results[1], rtol=allowed, atol=allowed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", ["explicit", "gram"])
+@pytest.mark.parametrize("positions", [0, 1, 63, 64, 65, 700])
+def test_ghost_norms(dtype, form, positions):
+    a, g = torch.randn(3, positions, 70, dtype=dtype), torch.randn(2, 3, positions, 130, dtype=dtype)
+    with using("compiled"):
+        got = kernels.ghost_norm(a.cuda(), g.cuda(), form=form)
+        turned = kernels.ghost_norm(a.mT.contiguous().mT.cuda(), g.cuda(), form=form)
+    expected = (g.double().mT @ a.double()).square().sum((-2, -1))
+    torch.testing.assert_close(got.cpu(), expected, rtol=1e-4 if dtype == torch.float32 else 1e-11, atol=0)
+    torch.testing.assert_close(turned.cpu(), expected, rtol=1e-4 if dtype == torch.float32 else 1e-11, atol=0)
+
+
+@pytest.mark.parametrize("form", ["explicit", "gram"])
+def test_ghost_norms_of_convolutions(form):
+    x, g = torch.randn(2, 4, 9, 13), torch.randn(3, 2, 6, 9, 13)
+    with using("compiled"):
+        got = kernels.conv_ghost_norm(x.cuda(), g.cuda(), (3, 3), padding=1, groups=2, form=form)
+        expected = kernels.conv_ghost_norm(x.double(), g.double(), (3, 3), padding=1, groups=2)
+    torch.testing.assert_close(got.cpu(), expected, rtol=1e-4, atol=0)
