@@ -17,6 +17,7 @@ from flatkern.chunk_plan import ChunkPlan, note
 from flatkern.graph import Graph, Layouts, compare_batches, first_with_samples, shapes_of
 from flatkern.placement import check_layouts
 from flatkern.problem import DEFAULT_MAX_MEMORY, check_output, preserve_state
+from flatkern.reverse import TOGETHER_BYTES, has_reverse_pass
 from flatkern.samples import count_samples, take, tensors_in
 from flatkern.uses import Uses, find_uses
 
@@ -224,6 +225,8 @@ class _Chunks:
         widths = _widths(first_with_samples(few.graph, self._parameters, None)) or [0]
         outputs = few.output[0].numel()
         kept = sum(widths) if keep_cotangents else 0
+        reverse = not keep_cotangents and has_reverse_pass(few.output)
+        together = _together(few.output.device, self._max_memory)
         if self._with_input:
             kept += sum(inputs)
         return ChunkPlan(
@@ -235,7 +238,8 @@ class _Chunks:
             sites=sum(widths) // 2,
             widest=max(*widths, few.output.numel()) // 2,
             cotangents=outputs if cotangents is None else cotangents,
-            at_once=_together(few.output.device, self._max_memory),
+            at_once=max(together, TOGETHER_BYTES) if reverse else together,
+            reverse=reverse,
             roots=3 if own_roots else 0,
             kept=kept // 2,
             parameters=sum(p.numel() * p.element_size() for p in self._parameters.values()),
