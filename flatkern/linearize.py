@@ -18,6 +18,7 @@ from flatkern.graph import Graph, Layouts, compare_batches, first_with_samples, 
 from flatkern.placement import check_layouts
 from flatkern.problem import DEFAULT_MAX_MEMORY, check_output, preserve_state
 from flatkern.reverse import TOGETHER_BYTES, has_reverse_pass
+from flatkern.reverse_rules import held_entries
 from flatkern.samples import count_samples, take, tensors_in
 from flatkern.uses import Uses, find_uses
 
@@ -222,10 +223,14 @@ class _Chunks:
             return None
         few = self._few
         inputs = [call.inputs.numel() for call in few.calls]
-        widths = _widths(first_with_samples(few.graph, self._parameters, None)) or [0]
+        sites = first_with_samples(few.graph, self._parameters, None)
+        widths = _widths(sites) or [0]
         outputs = few.output[0].numel()
         kept = sum(widths) if keep_cotangents else 0
+        count = outputs if cotangents is None else cotangents
         reverse = not keep_cotangents and has_reverse_pass(few.output)
+        if reverse:
+            widths = [held_entries(few.graph, node, count) for node in sites]
         together = _together(few.output.device, self._max_memory)
         if self._with_input:
             kept += sum(inputs)
@@ -237,7 +242,7 @@ class _Chunks:
             outputs=outputs,
             sites=sum(widths) // 2,
             widest=max(*widths, few.output.numel()) // 2,
-            cotangents=outputs if cotangents is None else cotangents,
+            cotangents=count,
             at_once=max(together, TOGETHER_BYTES) if reverse else together,
             reverse=reverse,
             roots=3 if own_roots else 0,

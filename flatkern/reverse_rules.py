@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from flatkern.graph import VIEWS, shapes_of
-from flatkern.kernels._scattered_conv import ConvShape
+from flatkern.graph import VIEWS, Graph, shapes_of
+from flatkern.kernels._scattered_conv import ConvShape, runs_compiled
 from flatkern.layers.rule import operation
-from flatkern.scattered import Scattered
+from flatkern.scattered import Scattered, kernel_pays
 
-__all__ = ["Pulled", "conv_shape", "operands", "pull_through"]
+__all__ = ["Pulled", "conv_shape", "held_entries", "operands", "pull_through"]
 
 Pulled = Tensor | Scattered
 """Cotangents [n, K, ...] of one place."""
@@ -137,10 +137,38 @@ def _max_pool(node: Any, g: Pulled, shape: torch.Size) -> Pulled:
     value = _dense(g).flatten(3)
     index = node._saved_result1.detach().flatten(2)
     found = Scattered(value, index, (shape[2], shape[3]))
+    return found if _disjoint(node) else found.dense
+
+
+def _disjoint(node: Any) -> bool:
     kernel = node._saved_kernel_size
     stride = node._saved_stride or kernel
-    disjoint = all(s >= k for s, k in zip(stride, kernel, strict=True))
-    return found if disjoint and all(d == 1 for d in node._saved_dilation) else found.dense
+    steps = zip(stride, kernel, node._saved_dilation, strict=True)
+    return all(s >= k and d == 1 for s, k, d in steps)
+
+
+def held_entries(graph: Graph, node: Any, k: int) -> int:
+    """Entries of what is held of one cotangent at an operation's output, where K go together."""
+    shape = shapes_of(node)[0]
+    above: Any = node
+    while operation(node) == "Convolution" and len(shape) == 4:
+        users = graph.consumers.get(above, ())
+        if len(users) != 1:
+            break
+        above = users[0].node
+        if operation(above) == "MaxPool2DWithIndices" and _disjoint(above):
+            inputs = node._saved_input
+            known, pooled = conv_shape(node, inputs.shape), shapes_of(above)[0]
+            if known is None or not runs_compiled(inputs) or not _pays(k, pooled, known, inputs):
+                break
+            return pooled.numel()
+        if operation(above) not in _ELEMENTWISE | {"Relu", "NativeBatchNorm"}:
+            break
+    return shape.numel()
+
+
+def _pays(k: int, pooled: torch.Size, shape: ConvShape, inputs: Tensor) -> bool:
+    return kernel_pays(inputs.dtype, k, pooled[2] * pooled[3], shape, inputs.shape[1])
 
 
 def _average_pool(node: Any, g: Pulled, shape: torch.Size) -> Pulled:

@@ -9,12 +9,29 @@ from torch import Tensor
 
 from flatkern.kernels._scattered_conv import ConvShape, densified, scattered_conv_input, scattered_conv_norms
 
-__all__ = ["Scattered"]
+__all__ = ["Scattered", "kernel_pays"]
 
 _LANES = {torch.float32: 16, torch.float64: 8}
 """Cotangents that the kernel takes at a time."""
 _SCRATCH_BYTES = 1 << 24
 """Beyond this the kernel's sums over one sample's input leave the cache."""
+
+
+def kernel_pays(dtype: torch.dtype, k: int, entries: int, shape: ConvShape, channels: int) -> bool:
+    """Whether the kernel is faster than a dense convolution: enough cotangents, and few enough places.
+
+    Args:
+        dtype, k: of the cotangents, and how many.
+        entries: places a channel.
+        shape, channels: of the convolution's input.
+    """
+    lanes = _LANES.get(dtype)
+    if lanes is None:
+        return False
+    filled = -(-k // lanes) * lanes
+    padded = (shape.inputs[0] + 2 * shape.padding[0]) * (shape.inputs[1] + 2 * shape.padding[1])
+    scratch = padded * channels * lanes * dtype.itemsize
+    return 2 * filled * entries <= k * shape.outputs[0] * shape.outputs[1] and scratch <= _SCRATCH_BYTES
 
 
 class Scattered:
@@ -50,14 +67,8 @@ class Scattered:
 
     def pays(self, shape: ConvShape, channels: int) -> bool:
         """Whether the kernel is faster than a dense convolution: enough cotangents, and few enough places."""
-        lanes = _LANES.get(self.values.dtype)
-        if lanes is None:
-            return False
-        k, places = self.values.shape[1], self.plane[0] * self.plane[1]
-        filled = -(-k // lanes) * lanes
-        padded = (shape.inputs[0] + 2 * shape.padding[0]) * (shape.inputs[1] + 2 * shape.padding[1])
-        scratch = padded * channels * lanes * self.values.element_size()
-        return 2 * filled * self.values.shape[3] <= k * places and scratch <= _SCRATCH_BYTES
+        _, k, _, entries = self.values.shape
+        return kernel_pays(self.values.dtype, k, entries, shape, channels)
 
     def input(self, weight: Tensor, shape: ConvShape) -> Tensor:
         """The cotangents of the convolution's input, [n, K, C_in, ...]."""

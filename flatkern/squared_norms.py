@@ -110,7 +110,7 @@ def _pulled(
     if reverse is None:
         yield from pull_back(lin, roots, edges)
         return
-    block = TOGETHER_BYTES // max(1, lin.widest * roots.element_size())
-    for part, found in reverse(roots, max(1, min(len(roots), lin.together or len(roots), block))):
+    block = lin.together or TOGETHER_BYTES // max(1, lin.widest * roots.element_size())
+    for part, found in reverse(roots, max(1, min(len(roots), block))):
         pulled = (found.get(edge.node) for edge in edges)
         yield part, tuple(g.transpose(0, 1) if isinstance(g, Tensor) else g for g in pulled)

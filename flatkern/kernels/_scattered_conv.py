@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._select import compiled_available, runs_compiled_rows
 
-__all__ = ["ConvShape", "densified", "scattered_conv_input", "scattered_conv_norms"]
+__all__ = ["ConvShape", "densified", "runs_compiled", "scattered_conv_input", "scattered_conv_norms"]
 
 _Pair = tuple[int, int]
 
@@ -63,7 +63,7 @@ def scattered_conv_input(values: Tensor, index: Tensor, weight: Tensor, shape: C
     Cost: n · C · P · rows · columns · C_in vector operations for every 16 cotangents (float32, AVX-512); as much memory
     as one sample's padded input times 16 beside the result.
     """
-    if not _compiled(values):
+    if not runs_compiled(values):
         n, k = values.shape[:2]
         dense = densified(values, index, shape.outputs).flatten(0, 1)
         like = values.new_empty(1).expand(n * k, weight.shape[1], *shape.inputs)
@@ -94,7 +94,7 @@ def scattered_conv_norms(
 
     Cost: as for :func:`scattered_conv_input`; no gradient is kept.
     """
-    if not _compiled(values):
+    if not runs_compiled(values):
         n, k, channels, _ = values.shape
         dense = densified(values, index, shape.outputs).flatten(3)  # [n, K, C, T]
         windows = F.unfold(
@@ -117,7 +117,8 @@ def _available() -> bool:
     return compiled_available() and hasattr(torch.ops.flatkern, "scattered_conv_input")
 
 
-def _compiled(values: Tensor) -> bool:
+def runs_compiled(values: Tensor) -> bool:
+    """Whether the compiled kernels take these values."""
     on_cpu = values.device.type == "cpu" and runs_compiled_rows(values.device)
     return on_cpu and _available() and values.dtype in (torch.float32, torch.float64)
 
