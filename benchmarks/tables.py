@@ -95,7 +95,7 @@ def training(result: dict[str, Any]) -> str:
     header = ["model", "loop ms", "by hand ms", "loop / by hand", "ten one by one ms", "ensemble ms", "gain"]
     return (
         "## Training loop of the experiments\n\n"
-        "A step of `flatkern reproduce`'s own loop (order of the samples, batch, SGD) against the shortest in-place step\n"
+        "A step of `flatkern reproduce`'s own loop (order of samples, batch, SGD) against the shortest in-place step\n"
         "on the same batches: forward and backward by hand for the MLP, autograd's gradients and `sub_` for the VGG.\n"
         "Beside it ten networks one after the other and as one batched ensemble; all milliseconds are those of a step\n"
         "of one network.\n\n"
