@@ -17,7 +17,7 @@ from flatkern.chunk_plan import ChunkPlan, note
 from flatkern.graph import Graph, Layouts, compare_batches, first_with_samples, shapes_of
 from flatkern.placement import check_layouts
 from flatkern.problem import DEFAULT_MAX_MEMORY, check_output, preserve_state
-from flatkern.reverse import TOGETHER_BYTES, has_reverse_pass
+from flatkern.reverse import TOGETHER_BYTES, reverse_pays
 from flatkern.reverse_rules import held_entries
 from flatkern.samples import count_samples, take, tensors_in
 from flatkern.uses import Uses, find_uses
@@ -228,7 +228,7 @@ class _Chunks:
         outputs = few.output[0].numel()
         kept = sum(widths) if keep_cotangents else 0
         count = outputs if cotangents is None else cotangents
-        reverse = not keep_cotangents and has_reverse_pass(few.output)
+        reverse = not keep_cotangents and reverse_pays(few.output, count)
         if reverse:
             widths = [held_entries(few.graph, node, count) for node in sites]
         together = _together(few.output.device, self._max_memory)

@@ -19,7 +19,7 @@ from flatkern.kernels._scattered_conv import ConvShape, runs_compiled
 from flatkern.layers.rule import operation
 from flatkern.scattered import Scattered, kernel_pays
 
-__all__ = ["Pulled", "conv_shape", "held_entries", "operands", "pull_through"]
+__all__ = ["Pulled", "conv_shape", "held_entries", "operands", "pull_through", "scatters"]
 
 Pulled = Tensor | Scattered
 """Cotangents [n, K, ...] of one place."""
@@ -165,6 +165,20 @@ def held_entries(graph: Graph, node: Any, k: int) -> int:
         if operation(above) not in _ELEMENTWISE | {"Relu", "NativeBatchNorm"}:
             break
     return shape.numel()
+
+
+def scatters(node: Any, k: int) -> bool:
+    """Whether an operation is a pool behind a convolution that the kernels take, with K cotangents together."""
+    if operation(node) != "MaxPool2DWithIndices" or not _disjoint(node):
+        return False
+    below: Any = node.next_functions[0][0]
+    while below is not None and operation(below) in _ELEMENTWISE | {"Relu", "NativeBatchNorm"}:
+        below = below.next_functions[0][0]
+    if below is None or operation(below) != "Convolution" or len(shapes_of(below)[0]) != 4:
+        return False
+    inputs = below._saved_input
+    known = conv_shape(below, inputs.shape)
+    return known is not None and runs_compiled(inputs) and _pays(k, shapes_of(node)[0], known, inputs)
 
 
 def _pays(k: int, pooled: torch.Size, shape: ConvShape, inputs: Tensor) -> bool:

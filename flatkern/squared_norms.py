@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge
 from flatkern.layers.rule import Cotangent
 from flatkern.linearize import Linearization, pull_back
 from flatkern.per_sample import per_sample_squared_norms
-from flatkern.reverse import TOGETHER_BYTES, reverse_pass
+from flatkern.reverse import TOGETHER_BYTES, reverse_pass, reverse_pays
 from flatkern.scattered import Scattered
 
 __all__ = ["SquaredNorms", "layer_of", "parameter_squared_norms", "with_rows"]
@@ -106,7 +106,9 @@ def _pulled(
     lin: Linearization, roots: Tensor, edges: Sequence[GradientEdge]
 ) -> Iterator[tuple[slice, tuple[Tensor | Scattered | None, ...]]]:
     """As :func:`flatkern.linearize.pull_back`; a convolution's cotangents may stay scattered."""
-    reverse = reverse_pass(lin.output, edges)
+    reverse = None
+    if reverse_pays(lin.output, min(len(roots), lin.together or len(roots))):
+        reverse = reverse_pass(lin.output, edges)
     if reverse is None:
         yield from pull_back(lin, roots, edges)
         return

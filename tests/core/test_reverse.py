@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import flatkern as fk
 from flatkern import squared_norms
 from flatkern.kernels._select import compiled_available, using
-from flatkern.reverse import has_reverse_pass, reverse_pass
+from flatkern.reverse import has_reverse_pass, reverse_pass, reverse_pays
 
 
 class Residual(nn.Module):
@@ -94,7 +94,8 @@ def explicit(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     ],
 )
 @pytest.mark.parametrize("name", list(NETWORKS))
-def test_geometry_against_explicit_jacobians(name, which):
+def test_geometry_against_explicit_jacobians(name, which, monkeypatch):
+    monkeypatch.setattr(squared_norms, "reverse_pays", lambda *_: True)
     torch.manual_seed(0)
     model = NETWORKS[name]().double()
     x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
@@ -122,6 +123,7 @@ def test_all_that_is_measured_is_what_autograd_gives(name, block, monkeypatch):
         return lambda roots, _: found(roots, block)
 
     monkeypatch.setattr(squared_norms, "reverse_pass", in_blocks)
+    monkeypatch.setattr(squared_norms, "reverse_pays", lambda *_: True)
     own = fk.geometry(model, x)
     monkeypatch.setattr(squared_norms, "reverse_pass", lambda *_: None)
     plain = fk.geometry(model, x)
@@ -138,6 +140,19 @@ def test_all_that_is_measured_is_what_autograd_gives(name, block, monkeypatch):
             one, two = getattr(layer, name_of), getattr(other, name_of)
             assert (one is None) == (two is None)
             assert one is None or torch.allclose(one, two, rtol=1e-11)
+
+
+@pytest.mark.skipif(not compiled_available(), reason="no compiled kernels")
+def test_it_pays_where_cotangents_stay_scattered():
+    x = torch.randn(2, 3, 8, 8)
+    pays = {name: reverse_pays(make()(x.clone().requires_grad_()), 10) for name, make in NETWORKS.items()}
+    assert {name for name, good in pays.items() if good} == {
+        "pools", "pools, smooth", "pool before activation", "pool behind batch norm", "pooled twice",
+    }  # fmt: skip
+    out = NETWORKS["pools"]()(x.clone().requires_grad_())
+    assert not reverse_pays(out, 1)  # fifteen of sixteen lanes would be empty
+    with using("reference"):
+        assert not reverse_pays(out, 10)
 
 
 def test_only_some_parameters_and_single_precision():
