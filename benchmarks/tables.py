@@ -78,6 +78,31 @@ def monitor(result: dict[str, Any]) -> str:
     )
 
 
+def training(result: dict[str, Any]) -> str:
+    """The experiments' training loop."""
+    rows = [
+        [
+            r["model"],
+            f"{r['loop_ms']:.3f}",
+            f"{r['by_hand_ms']:.3f}",
+            f"**{r['ratio']:.2f}**",
+            f"{r['one_by_one_ms']:.2f}",
+            f"{r['ensemble_ms']:.2f}",
+            f"**{r['gain']:.2f}**",
+        ]
+        for r in result["rows"]
+    ]
+    header = ["model", "loop ms", "by hand ms", "loop / by hand", "ten one by one ms", "ensemble ms", "gain"]
+    return (
+        "## Training loop of the experiments\n\n"
+        "A step of `flatkern reproduce`'s own loop (order of samples, batch, SGD) against the shortest in-place step\n"
+        "on the same batches: forward and backward by hand for the MLP, autograd's gradients and `sub_` for the VGG.\n"
+        "Beside it ten networks one after the other and as one batched ensemble; all milliseconds are those of a step\n"
+        "of one network.\n\n"
+        f"`python -m benchmarks.bench_training`\n\n{_table(header, rows)}\n{_settings(result)}"
+    )
+
+
 def kernels(result: dict[str, Any]) -> str:
     """The compiled kernels against torch."""
     columns = [k for k in result["rows"][0] if k != "ratio"]
@@ -582,6 +607,7 @@ SECTIONS = {
     "trace": trace,
     "measurement": measurement,
     "monitor": monitor,
+    "training": training,
     "geometry": geometry,
     "ggn_trace": ggn_trace,
     "hessian_trace": hessian_trace,

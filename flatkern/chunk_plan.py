@@ -18,6 +18,10 @@ _LEAST_BYTES = 8 << 20
 """but up to this size another chunk is not worth it (measured: chunks of a few samples run at half the speed)."""
 
 
+_LANES, _FEW = 16, 8
+"""Cotangents that a reverse pass wants together, and the samples that they are not worth going below."""
+
+
 class ChunkModel(Protocol):
     """Chunk sizes of one kind of pass."""
 
@@ -61,6 +65,8 @@ class ChunkPlan:
     """Bytes of the parameters."""
     frugal: bool
     """Whether a chunk should take no more than two gradients of the whole batch do."""
+    reverse: bool = False
+    """Whether all cotangents of a few samples should go through a pass together, rather than few of many samples."""
 
     def limit(self, n: int) -> int:
         """Bytes for a chunk of a batch of ``n``: the budget, or less where two gradients take less."""
@@ -74,6 +80,11 @@ class ChunkPlan:
     def samples(self, n: int) -> int:
         """The most that fit with one cotangent at a time, and at least one."""
         most = max(1, min(n, self.limit(n) // max(1, self._fixed + self._cotangent)))
+        if self.reverse:
+            lanes = min(self.cotangents, _LANES)
+            fitting = self.limit(n) // max(1, self._fixed + lanes * self._cotangent)
+            cached = self.at_once // max(1, lanes * self.widest * self.entry)
+            most = min(most, max(_FEW, min(fitting, cached)))
         return -(-n // -(-n // most))  # chunks of equal size
 
     def block(self, n: int) -> int:

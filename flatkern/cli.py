@@ -139,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
         "--jobs", type=_positive, metavar="N", help="processes at a time (one a core, at most five)"
     )
     demo.add_argument("--threads", type=_positive, metavar="N", help="threads a process (1)")
+    demo.add_argument("--device", metavar="NAME", help="cpu (default), cuda or cuda:N")
     demo.set_defaults(run=_demo)
     _add_measure(commands)
     _add_reproduce(commands)
@@ -242,6 +243,17 @@ def _add_reproduce(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     )
     add.add_argument("--jobs", type=_positive, metavar="N", help="processes at a time (one a core)")
     add.add_argument("--threads", type=_positive, metavar="N", help="threads a process (1)")
+    add.add_argument(
+        "--device",
+        metavar="NAME",
+        help="cpu (default), cuda or cuda:N; under torchrun cuda is each process's own",
+    )
+    add.add_argument(
+        "--ensemble",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="train all seeds of a setting as one batched ensemble (on a GPU, not on the CPU)",
+    )
     add.set_defaults(run=_reproduce)
 
 
@@ -279,7 +291,9 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     started = time.perf_counter()
     preset = settings.quick() if arguments.quick else settings.paper() if arguments.paper else settings.full()
-    asked = {k: getattr(arguments, k) for k in ("output", "root", "seeds", "steps", "jobs", "threads")}
+    asked = {
+        k: getattr(arguments, k) for k in ("output", "root", "seeds", "steps", "jobs", "threads", "device")
+    }
     try:
         config = replace(
             settings.for_data(preset, arguments.data), **{k: v for k, v in asked.items() if v is not None}
@@ -327,6 +341,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
 
     started = time.perf_counter()
     names = {"output": "output", "root": "root", "seeds": "seeds", "jobs": "jobs", "threads": "threads"}
+    names |= {"device": "device", "ensemble": "ensemble"}
     names |= {"num_train": "train", "num_probe": "probe", "every": "every", "weights": "weights"}
     asked = {field: value for field, k in names.items() if (value := getattr(arguments, k)) is not None}
     try:

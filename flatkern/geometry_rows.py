@@ -17,6 +17,7 @@ from flatkern.linearize import Linearization
 from flatkern.losses import identity_cotangents
 from flatkern.positions import PositionGradients
 from flatkern.results import PerSample
+from flatkern.scattered import Scattered
 from flatkern.segment import Source
 from flatkern.spectra import Spectrum, squared_singular_values
 from flatkern.squared_norms import parameter_squared_norms
@@ -101,7 +102,7 @@ def measure_rows(
     watched = [(i, call) for i, call in enumerate(calls) if call.output_edge is not None]
     gradients = {i: PositionGradients(call.module, call.checked_inputs()) for i, call in watched}
 
-    def observe(found: Sequence[Tensor | None]) -> None:
+    def observe(found: Sequence[Tensor | Scattered | None]) -> None:
         for (i, _), cotangent in zip(watched, found, strict=True):
             if cotangent is not None:
                 gradients[i].add(cotangent)

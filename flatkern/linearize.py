@@ -17,6 +17,8 @@ from flatkern.chunk_plan import ChunkPlan, note
 from flatkern.graph import Graph, Layouts, compare_batches, first_with_samples, shapes_of
 from flatkern.placement import check_layouts
 from flatkern.problem import DEFAULT_MAX_MEMORY, check_output, preserve_state
+from flatkern.reverse import TOGETHER_BYTES, reverse_pays
+from flatkern.reverse_rules import held_entries
 from flatkern.samples import count_samples, take, tensors_in
 from flatkern.uses import Uses, find_uses
 
@@ -221,9 +223,15 @@ class _Chunks:
             return None
         few = self._few
         inputs = [call.inputs.numel() for call in few.calls]
-        widths = _widths(first_with_samples(few.graph, self._parameters, None)) or [0]
+        sites = first_with_samples(few.graph, self._parameters, None)
+        widths = _widths(sites) or [0]
         outputs = few.output[0].numel()
         kept = sum(widths) if keep_cotangents else 0
+        count = outputs if cotangents is None else cotangents
+        reverse = not keep_cotangents and reverse_pays(few.output, count)
+        if reverse:
+            widths = [held_entries(few.graph, node, count) for node in sites]
+        together = _together(few.output.device, self._max_memory)
         if self._with_input:
             kept += sum(inputs)
         return ChunkPlan(
@@ -234,8 +242,9 @@ class _Chunks:
             outputs=outputs,
             sites=sum(widths) // 2,
             widest=max(*widths, few.output.numel()) // 2,
-            cotangents=outputs if cotangents is None else cotangents,
-            at_once=_together(few.output.device, self._max_memory),
+            cotangents=count,
+            at_once=max(together, TOGETHER_BYTES) if reverse else together,
+            reverse=reverse,
             roots=3 if own_roots else 0,
             kept=kept // 2,
             parameters=sum(p.numel() * p.element_size() for p in self._parameters.values()),

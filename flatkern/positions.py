@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flatkern.layers.shared_weight import row_energy
+from flatkern.scattered import Scattered
 
 __all__ = ["PositionGradients", "position_norms_sq"]
 
@@ -48,13 +49,20 @@ class PositionGradients:
         self._module, self._inputs = module, inputs
         self._energy: Tensor | None = None
 
-    def add(self, cotangent: Tensor) -> None:
+    def add(self, cotangent: Tensor | Scattered) -> None:
         """Cotangents [k, n, *output] of the layer's output."""
+        if isinstance(cotangent, Scattered):
+            groups: Any = self._module.groups
+            if groups == 1:
+                found = cotangent.place_energy.unsqueeze(1)
+                self._energy = found if self._energy is None else self._energy + found
+                return
+            cotangent = cotangent.dense.transpose(0, 1)
         wide = cotangent.float() if cotangent.dtype in (torch.float16, torch.bfloat16) else cotangent
         if isinstance(self._module, nn.Linear):
             energy = wide.square().sum(-1)
         else:
-            groups: Any = self._module.groups
+            groups = self._module.groups
             # one axis at a time: reducing two that are not neighbours is many times slower
             energy = wide.unflatten(2, (groups, -1)).flatten(4).square().sum(3)  # [k, n, G, T]
         energy = energy.double().sum(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -181,7 +182,7 @@ def call_with(model: nn.Module, tensors: Mapping[str, Tensor], x: Tensor) -> Ten
 
 def model_device(model: nn.Module) -> torch.device:
     """The device of the model's first parameter or buffer; the CPU for a model without any."""
-    for tensor in [*model.parameters(), *model.buffers()]:
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
         return tensor.device
     return torch.device("cpu")
 
@@ -291,8 +292,9 @@ def preserve_state(model: nn.Module, *, allow_random: bool = False) -> Iterator[
     device = model_device(model)
     cpu_state = torch.get_rng_state()
     gpu_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()]
-    bound = [(m, name, b) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
+    bound = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    distinct = {id(b): b for _, _, b in bound}
+    buffers = [(b, b._version, b.detach().clone()) for b in distinct.values()]
     drew = False
     try:
         yield

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,8 @@ from torch.autograd.graph import GradientEdge
 from flatkern.layers.rule import Cotangent
 from flatkern.linearize import Linearization, pull_back
 from flatkern.per_sample import per_sample_squared_norms
+from flatkern.reverse import TOGETHER_BYTES, reverse_pass, reverse_pays
+from flatkern.scattered import Scattered
 
 __all__ = ["SquaredNorms", "layer_of", "parameter_squared_norms", "with_rows"]
 
@@ -54,7 +56,7 @@ def parameter_squared_norms(
     parameters: Mapping[str, Tensor],
     extra: Sequence[GradientEdge] = (),
     watched: Sequence[GradientEdge] = (),
-    observe: Callable[[Sequence[Tensor | None]], None] | None = None,
+    observe: Callable[[Sequence[Tensor | Scattered | None]], None] | None = None,
 ) -> SquaredNorms:
     """Pull ``roots`` [K, n, *output] back once and collect ghost norms, rows and the exact fall-back.
 
@@ -68,7 +70,7 @@ def parameter_squared_norms(
     edges = [GradientEdge(node, 0) for node in sites]
     rows: list[Tensor | None] = [None] * len(extra)
     if lin.output.grad_fn is not None and (edges or extra or watched):
-        for block, found in pull_back(lin, roots, [*edges, *extra, *watched]):
+        for block, found in _pulled(lin, roots, [*edges, *extra, *watched]):
             cotangents = {
                 node: Cotangent(g, site)
                 for (node, site), g in zip(sites.items(), found, strict=False)
@@ -82,6 +84,8 @@ def parameter_squared_norms(
             if observe is not None:
                 observe(rest[len(extra) :])
             for index, cotangent in enumerate(rest[: len(extra)]):
+                if isinstance(cotangent, Scattered):
+                    cotangent = cotangent.dense.transpose(0, 1)
                 if cotangent is not None:
                     rows[index] = with_rows(rows[index], cotangent, block, len(roots))
             del found, rest, cotangents
@@ -96,3 +100,19 @@ def parameter_squared_norms(
         norms.update(squares)
         notes.append(f"per-sample gradients formed ({how}) for {', '.join(left)}")
     return SquaredNorms(norms, tuple(rows), tuple(notes))
+
+
+def _pulled(
+    lin: Linearization, roots: Tensor, edges: Sequence[GradientEdge]
+) -> Iterator[tuple[slice, tuple[Tensor | Scattered | None, ...]]]:
+    """As :func:`flatkern.linearize.pull_back`; a convolution's cotangents may stay scattered."""
+    reverse = None
+    if reverse_pays(lin.output, min(len(roots), lin.together or len(roots))):
+        reverse = reverse_pass(lin.output, edges)
+    if reverse is None:
+        yield from pull_back(lin, roots, edges)
+        return
+    block = lin.together or TOGETHER_BYTES // max(1, lin.widest * roots.element_size())
+    for part, found in reverse(roots, max(1, min(len(roots), block))):
+        pulled = (found.get(edge.node) for edge in edges)
+        yield part, tuple(g.transpose(0, 1) if isinstance(g, Tensor) else g for g in pulled)

@@ -5,6 +5,7 @@
 
 #include "../common/ghost.h"
 #include "../common/matrices.h"
+#include "../common/scattered_conv.h"
 #include "jet_kernels.h"
 
 namespace flatkern::cpu {
@@ -88,6 +89,18 @@ struct ProbeKernels {
   const TypedProbeKernels<double>& of(double) const { return f64; }
 };
 
+// Convolutions pulled back from scattered cotangents, samples [begin, end); see scattered_conv.h.
+template <typename T>
+struct ScatteredConvKernels {
+  // bytes of scratch memory that a call needs, with sums over the input or without
+  std::int64_t (*bytes)(const ScatteredConv& s, bool sums);
+  void (*input)(const ScatteredConv& s, const T* values, const std::int64_t* index, const T* weight,
+                std::int64_t begin, std::int64_t end, char* scratch, T* out);
+  void (*norms)(const ScatteredConv& s, const T* values, const std::int64_t* index, const T* input,
+                std::int64_t begin, std::int64_t end, char* scratch, double* weight_sq, double* bias_sq,
+                double* place_sq);
+};
+
 // Elements whose sums are added up before they are joined, in order: the result depends on no thread count.
 constexpr std::int64_t kProbeChunk = 1 << 16;
 
@@ -100,9 +113,13 @@ struct Kernels {
   JetKernels<double> jets_f64;
   JetKernels<Bf16> jets_bf16;
   const ProbeKernels* probes;
+  ScatteredConvKernels<float> scattered_f32;
+  ScatteredConvKernels<double> scattered_f64;
 
   const TypedKernels<float>& of(float) const { return f32; }
   const TypedKernels<double>& of(double) const { return f64; }
+  const ScatteredConvKernels<float>& scattered(float) const { return scattered_f32; }
+  const ScatteredConvKernels<double>& scattered(double) const { return scattered_f64; }
   const JetKernels<float>& jets(float) const { return jets_f32; }
   const JetKernels<double>& jets(double) const { return jets_f64; }
   const JetKernels<Bf16>& jets(Bf16) const { return jets_bf16; }

@@ -5,6 +5,7 @@
 #include "gram_spectrum.h"
 #include "gram_stats.h"
 #include "norm_jets.h"
+#include "scattered_conv.h"
 #include "softmax_jets.h"
 
 namespace flatkern::cpu::FLATKERN_ISA {
@@ -27,6 +28,8 @@ const Kernels table = {
     jet_kernels<double>,
     jet_kernels<Bf16>,
     &probe_table,
+    {scattered_bytes<float>, scattered_input<float>, scattered_norms<float>},
+    {scattered_bytes<double>, scattered_input<double>, scattered_norms<double>},
 };
 
 }  // namespace flatkern::cpu::FLATKERN_ISA

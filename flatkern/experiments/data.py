@@ -49,6 +49,10 @@ class Samples:
         """The first n samples (all where there are fewer)."""
         return self[:n]
 
+    def to(self, device: torch.device) -> Samples:
+        """The same on a device."""
+        return Samples(self.x.to(device), self.labels.to(device))
+
     def __getitem__(self, index: slice | Tensor) -> Samples:
         return Samples(self.x[index], self.labels[index])
 
@@ -68,6 +72,10 @@ class Dataset:
     def pixels(self) -> int:
         """Number of inputs of a network for these images."""
         return math.prod(self.shape)
+
+    def to(self, device: torch.device) -> Dataset:
+        """The same on a device."""
+        return replace(self, train=self.train.to(device), test=self.test.to(device))
 
     def as_images(self) -> Dataset:
         """The same with x of shape [n, channels, height, width]."""

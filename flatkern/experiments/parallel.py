@@ -48,7 +48,8 @@ def train_groups(
     progress: bool = True,
 ) -> dict[Group, list[Run]]:
     """Train some groups, ``config.jobs`` at a time; with a ``folder`` each keeps its state there."""
-    jobs = min(config.jobs or available_cores(), max(len(groups), 1))
+    several = available_cores() if config.device == "cpu" else 1  # processes only share a GPU
+    jobs = min(config.jobs or several, max(len(groups), 1))
     total = sum(len(group.seeds) for group in groups) * config.steps
     # the longest first, so that no core is left alone with a long one at the end
     order = sorted(groups, key=lambda g: (-g.setting.batch_size, -g.setting.learning_rate, g.seeds))

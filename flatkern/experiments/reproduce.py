@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from flatkern.experiments.data import Dataset, load
+from flatkern.experiments.devices import resolve
 from flatkern.experiments.errors import UserError
 from flatkern.experiments.networks import build_network, takes_vectors
 from flatkern.experiments.output import staged
@@ -70,7 +71,9 @@ class ReproduceConfig(DemoConfig):
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """One network each, so that they spread over processes and machines."""
+        """One network each, so that they spread over processes and machines; all seeds of a setting as an ensemble."""
+        if self.batched:
+            return DemoConfig.groups.fget(self)  # type: ignore[attr-defined, no-any-return]
         return tuple(Group(setting, (seed,)) for setting in self.settings for seed in range(self.seeds))
 
     @property
@@ -86,6 +89,8 @@ class ReproduceConfig(DemoConfig):
         """Where the state of the runs is kept; another one for whatever changes their numbers."""
         names = ("data", "root", "network", "hidden", "num_train", "num_test", "num_probe", "data_seed")
         held = {name: getattr(self, name) for name in (*names, "steps", "points", "every", "elsewhere")}
+        if self.device != "cpu" or self.batched:  # both round otherwise
+            held |= {"device": self.device.partition(":")[0], "ensemble": self.batched}
         text = json.dumps(held | {"format": _FORMAT}, sort_keys=True, default=str)
         return self.output / "runs" / f"{self.network}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
@@ -157,6 +162,7 @@ def run_reproduce(
     jobs = _jobs(config)
     for job in jobs:
         _check(job, data)
+    resolve(config.device)
     _make(config.output, [job.runs_folder for job in jobs])
     if not ranks.rank:
         with staged(config.output):  # a place that cannot take the report is told of before the work

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from flatkern.experiments.data import CLASSES
+from flatkern.experiments.devices import check_name
 from flatkern.experiments.errors import UserError
 from flatkern.experiments.schedule import log_schedule
 
@@ -70,6 +71,11 @@ class DemoConfig:
     """Processes at a time; default one a core, at most one a setting."""
     threads: int = 1
     """Threads of each process."""
+    device: str = "cpu"
+    """Where networks are trained and measured: ``cpu``, ``cuda`` or ``cuda:N``."""
+    ensemble: bool | None = None
+    """Whether the seeds of a setting train as one batched ensemble; default on a GPU. A step of an ensemble rounds
+    otherwise than its networks do alone."""
     data_seed: int = 0
     converged: float = 1e-4
     """Training loss below which a run counts as interpolating."""
@@ -82,6 +88,7 @@ class DemoConfig:
         for name in ("num_probe", "steps", "points", "seeds", "threads", "jobs", "every"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
+        check_name(self.device)
         for name in self.elsewhere:
             if name not in ELSEWHERE:
                 raise UserError(f"unknown samples {name!r}; there are {', '.join(ELSEWHERE)}")
@@ -92,6 +99,11 @@ class DemoConfig:
         if self.every is None:
             return log_schedule(self.steps, self.points)
         return sorted({*range(0, self.steps + 1, self.every), self.steps})
+
+    @property
+    def batched(self) -> bool:
+        """Whether seeds train as one ensemble, whatever the network."""
+        return self.device != "cpu" if self.ensemble is None else self.ensemble
 
     @property
     def groups(self) -> tuple[Group, ...]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flatkern.experiments.devices import CPU
 from flatkern.experiments.networks import build_mlp
 
 __all__ = ["BatchStream", "Ensemble", "mlp_from"]
@@ -32,32 +33,33 @@ def mlp_from(
 class BatchStream:
     """Sample indices for each of K networks: one permutation after the other, cut into batches.
 
-    A batch may straddle two epochs, so no sample is dropped where the batch size does not divide n.
+    A batch may straddle two epochs, so no sample is dropped where the batch size does not divide n. The order is drawn
+    on the CPU, the same for every ``device`` that the indices are wanted on, and sent there once an epoch.
     """
 
-    def __init__(self, n: int, batch: int, seeds: Sequence[int]) -> None:
+    def __init__(self, n: int, batch: int, seeds: Sequence[int], device: torch.device = CPU) -> None:
         if not 1 <= batch <= n:
             raise ValueError(f"batch size {batch} for {n} samples")
         self.n, self.batch = n, batch
         # another stream than the initialization's: the order must not be a function of the weights' draws
         self._generators = [torch.Generator().manual_seed(1_000_003 * (seed + 1)) for seed in seeds]
-        self._left = torch.empty(len(seeds), 0, dtype=torch.long)
+        self._left = torch.empty(len(seeds), 0, dtype=torch.long, device=device)
 
     def next(self) -> Tensor:
         """Indices [K, batch]."""
         if self._left.shape[1] < self.batch:
             fresh = torch.stack([torch.randperm(self.n, generator=g) for g in self._generators])
-            self._left = torch.cat([self._left, fresh], dim=1)
+            self._left = torch.cat([self._left, fresh.to(self._left.device)], dim=1)
         now, self._left = self._left[:, : self.batch], self._left[:, self.batch :]
         return now
 
     def state(self) -> dict[str, Any]:
         """Where the stream stands, for :meth:`load`."""
-        return {"left": self._left.clone(), "generators": [g.get_state() for g in self._generators]}
+        return {"left": self._left.cpu().clone(), "generators": [g.get_state() for g in self._generators]}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state`` was taken."""
-        self._left = state["left"].clone()
+        self._left = state["left"].to(self._left.device).clone()
         for generator, held in zip(self._generators, state["generators"], strict=True):
             generator.set_state(held)
 
@@ -70,6 +72,7 @@ class Ensemble:
         seeds: of the initial weights.
         activation: ``nn.Tanh`` or ``nn.ReLU``.
         dtype: of the weights.
+        device: of the weights; they are drawn on the CPU.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class Ensemble:
         seeds: Sequence[int],
         activation: type[nn.Module] = nn.Tanh,
         dtype: torch.dtype = torch.float32,
+        device: torch.device = CPU,
     ) -> None:
         if activation not in (nn.Tanh, nn.ReLU):
             raise ValueError(f"activation: nn.Tanh or nn.ReLU, got {activation.__name__}")
@@ -92,8 +96,8 @@ class Ensemble:
                 torch.manual_seed(seed)
                 networks.append([m for m in build_mlp(sizes) if isinstance(m, nn.Linear)])
         for layers in zip(*networks, strict=True):
-            self.weights.append(torch.stack([m.weight.detach() for m in layers]).to(dtype))
-            self.biases.append(torch.stack([m.bias.detach()[None] for m in layers]).to(dtype))
+            self.weights.append(torch.stack([m.weight.detach() for m in layers]).to(device, dtype))
+            self.biases.append(torch.stack([m.bias.detach()[None] for m in layers]).to(device, dtype))
         self._scratch: tuple[list[Tensor], list[Tensor]] | None = None
 
     def __len__(self) -> int:
@@ -133,10 +137,13 @@ class Ensemble:
 
     def member(self, k: int) -> nn.Sequential:
         """Network k as an ordinary module with a copy of the weights."""
-        return mlp_from(self.sizes, self.state(k), self._activation)
+        return mlp_from(self.sizes, self._copies(k), self._activation)
 
     def state(self, k: int) -> dict[str, Tensor]:
-        """A copy of the weights of network k, named as in the module."""
+        """A copy of the weights of network k, named as in the module, on the CPU."""
+        return {name: value.cpu() for name, value in self._copies(k).items()}
+
+    def _copies(self, k: int) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for i, (w, b) in enumerate(zip(self.weights, self.biases, strict=True)):
             # every other module is an activation

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from flatkern.experiments.data import Dataset
+from flatkern.experiments.devices import resolve
 from flatkern.experiments.errors import Cancelled
 from flatkern.experiments.measure import (
     evaluate,
@@ -117,9 +118,11 @@ class _Training:
     """Networks on their way; all that decides what comes next is in :meth:`state`."""
 
     def __init__(self, config: DemoConfig, group: Group, data: Dataset) -> None:
+        device = resolve(config.device)
+        data = data.to(device)
         self.config, self.group, self.data = config, group, data
         self.networks = trainer_for(config, data, group.seeds)
-        self.stream = BatchStream(len(data.train), group.setting.batch_size, group.seeds)
+        self.stream = BatchStream(len(data.train), group.setting.batch_size, group.seeds, device)
         self.schedule = set(config.schedule)
         self.step = 0
         self.rows: list[list[Row]] = [[] for _ in group.seeds]

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flatkern.kernels._ghost_norm import windows
+from flatkern.kernels._scattered_conv import ConvShape
 from flatkern.layers.outer import Features, OuterTerm
 from flatkern.layers.rule import Cotangent, Opened, Site, register
 from flatkern.layers.term import DenseTerm, Term
+from flatkern.scattered import Scattered
 
 __all__ = ["patches", "shifted"]
 
@@ -77,8 +79,55 @@ def convolution(site: Site) -> Opened | None:
 
 
 def _bias(g: Cotangent, site: Site) -> Term:
+    if g.scattered is not None:
+        node: Any = site.node
+        found = _kernel_norms(g.scattered, node, node._saved_input, node._saved_weight.shape, site.n)
+        if found is not None:
+            return ScatteredTerm(g, site.shape, found[1], lambda: _dense_bias(g, site))
+    return _dense_bias(g, site)
+
+
+def _dense_bias(g: Cotangent, site: Site) -> Term:
     value = g.samples_first.flatten(4)  # [K, n, frames, C, T]
     return DenseTerm(value.sum((2, 4)), site.shape)
+
+
+class ScatteredTerm(Term):
+    """Gradients of which the norms are known from scattered cotangents; all else from the dense ones."""
+
+    def __init__(
+        self, g: Cotangent, shape: torch.Size, squared_norms: Tensor, dense: Callable[[], Term]
+    ) -> None:
+        assert g.scattered is not None
+        values = g.scattered.values
+        self.n, self.k = values.shape[:2]
+        self.shape, self.dtype, self.device = shape, values.dtype, values.device
+        self._norms, self._dense = squared_norms, dense
+
+    def explicit(self, samples: slice, cotangents: slice) -> Tensor:
+        """See :class:`Term`."""
+        return self._dense().explicit(samples, cotangents)
+
+    def squared_norms(self, max_memory: int) -> Tensor:
+        """See :class:`Term`."""
+        return self._norms
+
+
+def _kernel_norms(
+    g: Scattered, node: Any, inputs: Tensor, kernel: torch.Size, n: int
+) -> tuple[Tensor, Tensor] | None:
+    """Norms of the gradients of weight and bias from scattered cotangents, where that is the faster way."""
+    if inputs.ndim != 4 or len(inputs) != n or node._saved_groups != 1 or node._saved_transposed:
+        return None
+    stride, padding, dilation = (_pair(v) for v in _geometry(node, kernel[2:])[1:])
+    shape = ConvShape(_pair(inputs.shape[2:]), g.plane, stride, padding, dilation)
+    if not g.pays(shape, inputs.shape[1]):
+        return None
+    return g.norms(inputs.detach(), _pair(kernel[2:]), shape)
+
+
+def _pair(values: Sequence[int]) -> tuple[int, int]:
+    return int(values[0]), int(values[1])
 
 
 def _geometry(
@@ -133,6 +182,13 @@ def _plain(site: Site, node: Any) -> Opened:
     c_out = site.shape[0] // groups
 
     def term(g: Cotangent) -> Term:
+        if g.scattered is not None:
+            found = _kernel_norms(g.scattered, node, inputs, site.shape, n)
+            if found is not None:
+                return ScatteredTerm(g, site.shape, found[0], lambda: dense(g))
+        return dense(g)
+
+    def dense(g: Cotangent) -> Term:
         value = g.value.flatten(3)  # [K, images, C_out, T]
         k = len(value)
         value = value.reshape(k * n * frames, groups, c_out, positions).mT

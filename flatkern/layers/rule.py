@@ -18,6 +18,7 @@ from torch.autograd.graph import Node
 
 from flatkern.layers.shared_weight import row_energy
 from flatkern.layers.term import Term
+from flatkern.scattered import Scattered
 
 __all__ = ["Cotangent", "Layout", "Opened", "Site", "operation", "register", "rule_for"]
 
@@ -70,9 +71,16 @@ class Site:
 class Cotangent:
     """The gradients of K scalars a sample with respect to one operation's output, [K, *output shape]."""
 
-    def __init__(self, value: Tensor, site: Site) -> None:
-        self.value = value
+    def __init__(self, value: Tensor | Scattered, site: Site) -> None:
+        self.scattered = value if isinstance(value, Scattered) else None
+        """The same, where only some places of a convolution's output have one."""
+        self._value = value
         self._site = site
+
+    @cached_property
+    def value(self) -> Tensor:
+        """[K, *output shape]."""
+        return self._value.dense.transpose(0, 1) if isinstance(self._value, Scattered) else self._value
 
     @cached_property
     def samples_first(self) -> Tensor:

@@ -47,9 +47,9 @@ def test_a_killed_process_is_gone_on_from(tmp_path: Path, data: Dataset) -> None
     )
     try:
         deadline = time.monotonic() + 120
-        while not file.path.exists() and child.poll() is None and time.monotonic() < deadline:
+        # the first save is of step 0
+        while child.poll() is None and time.monotonic() < deadline and not (file.load() or {}).get("step"):
             time.sleep(0.01)
-        time.sleep(0.05)
     finally:
         child.send_signal(signal.SIGKILL)
         child.wait()

@@ -16,6 +16,8 @@ CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
 def arguments(name: str, dtype: torch.dtype, n: int) -> tuple[torch.Tensor, ...]:
     x = torch.randn(n, 4, 7, dtype=dtype)
     G = spd(n, 4)
+    scattered = torch.randn(n, 5, 2, 4, dtype=dtype), torch.randint(-1, 12, (n, 2, 4))
+    plane = [6, 5, 4, 3, 1, 1, 0, 0, 1, 1]
     weights = [torch.randn(n, dtype=torch.float64) for _ in range(3)]
     return {
         "spd_logdet": (G.to(dtype),),
@@ -27,6 +29,8 @@ def arguments(name: str, dtype: torch.dtype, n: int) -> tuple[torch.Tensor, ...]
         "gram_singular_values": (x, True),
         "gram_singular_vectors": (x,),
         "lq_factor": (x, torch.arange(n) % 2 == 0),
+        "scattered_conv_input": (*scattered, torch.randn(2, 3, 3, 4, dtype=dtype), plane),
+        "scattered_conv_norms": (*scattered, torch.randn(n, 4, 6, 5, dtype=dtype), 3, 3, plane),
     }[name]
 
 
@@ -44,6 +48,8 @@ def arguments(name: str, dtype: torch.dtype, n: int) -> tuple[torch.Tensor, ...]
         "gram_singular_values",
         "gram_singular_vectors",
         "lq_factor",
+        "scattered_conv_input",
+        "scattered_conv_norms",
     ],
 )
 def test_opcheck(name, dtype, n):
