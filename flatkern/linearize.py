@@ -241,7 +241,7 @@ class _Chunks:
             entry=few.output.element_size(),
             outputs=outputs,
             sites=sum(widths) // 2,
-            widest=max(*widths, few.output.numel()) // 2,
+            widest=max([*widths, few.output.numel()]) // 2,
             cotangents=count,
             at_once=max(together, TOGETHER_BYTES) if reverse else together,
             reverse=reverse,

@@ -39,7 +39,7 @@ _MOST = 32
 """Samples of the second run."""
 _STEEPEST = 1.25
 """Measured bytes over those of the chunk plan, for what comes with more samples, at most."""
-_STEEPEST_GRAM = 8.0
+_STEEPEST_GRAM = 4.0
 """Gram matrices of shared weights have temporaries of their own."""
 
 

@@ -251,7 +251,8 @@ def test_chunks_and_seeds():
     b = fk.flatness(model, nn.CrossEntropyLoss(), (x, y), seed=3)
     small = fk.flatness(model, nn.CrossEntropyLoss(), (x, y), seed=3, max_memory=200_000)
     for key in a:
-        assert a[key].value == b[key].value
+        # products may be done another way, which is chosen by timing
+        assert a[key].value == pytest.approx(b[key].value, rel=1e-9)
         assert small[key].value == pytest.approx(
             a[key].value, rel=1e-3, abs=4.5 * (a[key].stderr + small[key].stderr)
         )
