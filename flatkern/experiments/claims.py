@@ -166,7 +166,7 @@ def _interpolation(config: DemoConfig, runs: Sequence[Run]) -> Claim:
     )
     diverged = sum(run.diverged for run in runs)
     return Claim(
-        f"Every run ends in the last phase of learning (train loss below {config.converged:g})",
+        f"Every run ends interpolating (train loss below {config.converged:g})",
         HELD if good == len(runs) else NOT_HELD,
         f"{good} of {len(runs)} runs; {span}" + (f"; {diverged} diverged" if diverged else ""),
     )
