@@ -32,6 +32,10 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
 
 
+def _digits(ratio: float) -> str:
+    return ",.0f" if ratio >= 100 else ".1f"
+
+
 def measurement(result: dict[str, Any]) -> str:
     """One measurement point against the direct loop."""
     rows = [
@@ -462,7 +466,7 @@ def hessian_trace(result: dict[str, Any]) -> str:
                 f"{hutchinson['cpu_s'] / unit:,.0f}",
                 f"**{hutchinson['ratio']:,.0f}**",
                 f"{best['peer']}: {best['cpu_s'] / unit:,.0f}",
-                f"**{best['ratio']:,.1f}**",
+                f"**{best['ratio']:{_digits(best['ratio'])}}**",
             ]
         )
         for p in r["peers"]:
@@ -476,7 +480,7 @@ def hessian_trace(result: dict[str, Any]) -> str:
                     f"{p['products_run']} × {p['calls']}",
                     f"{p['product_s'] / unit:.2f}",
                     f"{p['cpu_s'] / unit:,.0f}",
-                    f"**{p['ratio']:,.1f}**",
+                    f"**{p['ratio']:{_digits(p['ratio'])}}**",
                 ]
             )
     header = ["model", "steps", "Tr H", "gradients (GGN)", "probes", "stated error", "largest error"]
