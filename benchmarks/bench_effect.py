@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import flatkern as fk
-from benchmarks import bench_hessian_trace as networks
+from benchmarks import trace_networks as networks
 from benchmarks.bench_measurement import MODELS, digits
 from benchmarks.operator_problems import ViT, mlp
 from benchmarks.timing import alternate, save
