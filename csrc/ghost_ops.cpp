@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "dispatch.h"
 #ifdef FLATKERN_CUDA
 #include "cuda/ghost.h"
 #pragma weak aoti_torch_get_current_cuda_stream
@@ -16,6 +17,7 @@
 namespace {
 
 using flatkern::Batch;
+using flatkern::dispatch;
 using flatkern::GhostInput;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -53,18 +55,6 @@ Tensor empty_result(const Tensor& g, std::int64_t position_dims) {
   const auto sizes = g.sizes();
   const std::vector<std::int64_t> shape(sizes.begin(), sizes.end() - 1 - position_dims);
   return torch::stable::new_empty(g, {shape.data(), shape.size()}, ScalarType::Double);
-}
-
-template <typename F>
-void dispatch(const Tensor& x, F&& f) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::Double:
-      return f(double{});
-    default:
-      STD_TORCH_CHECK(false, "flatkern: supported dtypes are float32 and float64");
-  }
 }
 
 namespace cpu {

@@ -13,6 +13,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/probe_rows.h"
+#include "dispatch.h"
 #ifdef FLATKERN_CUDA
 #include "cuda/kernels.h"
 // On a torch without CUDA this symbol is absent; weak, it lets the very same library load there.
@@ -21,6 +22,7 @@
 
 namespace {
 
+using flatkern::dispatch;
 using flatkern::Matrices;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -50,19 +52,6 @@ std::vector<std::int64_t> batch_sizes(const Tensor& x, std::initializer_list<std
 
 Tensor empty(const Tensor& like, const std::vector<std::int64_t>& sizes, ScalarType dtype) {
   return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, dtype);
-}
-
-// Calls f with a value of the C++ type that belongs to the tensor's dtype.
-template <typename F>
-void dispatch(const Tensor& x, F&& f) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::Double:
-      return f(double{});
-    default:
-      STD_TORCH_CHECK(false, "flatkern: supported dtypes are float32 and float64");
-  }
 }
 
 void check_sizes(const Tensor& x, std::int64_t limit, bool square) {

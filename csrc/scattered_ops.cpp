@@ -8,26 +8,16 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "dispatch.h"
 
 namespace {
 
+using flatkern::dispatch;
 using flatkern::ScatteredConv;
 using flatkern::cpu::kernels;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Sizes = std::vector<std::int64_t>;
-
-template <typename F>
-void dispatch(const Tensor& x, F&& f) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::Double:
-      return f(double{});
-    default:
-      STD_TORCH_CHECK(false, "flatkern: supported dtypes are float32 and float64");
-  }
-}
 
 void check(const Tensor& x, ScalarType dtype, const Sizes& shape) {
   STD_TORCH_CHECK(x.scalar_type() == dtype && x.is_contiguous(),

@@ -113,6 +113,23 @@ __device__ __forceinline__ T ldl_block(T* a, T* scratch, int c, T tolerance, boo
   return conclude(log_sum, good, finite);
 }
 
+// Copies the lower triangle of a matrix to packed shared memory, by a whole block; returns, in every thread,
+// whether all its entries are finite.
+template <typename T>
+__device__ __forceinline__ bool stage_triangle(const Matrices<T>& g, std::int64_t i, T* a) {
+  const T* from = g.sample(i);
+  const int c = static_cast<int>(g.rows);
+  bool finite = true;
+  for (int e = threadIdx.x; e < c * c; e += blockDim.x) {
+    const int row = e / c, col = e - row * c;
+    if (col > row) continue;
+    const T v = from[row * g.row_stride + col * g.col_stride];
+    finite = finite && is_finite(v);
+    a[packed(row, col)] = v;
+  }
+  return __syncthreads_and(finite);
+}
+
 // Blocks to launch: one a unit of work, up to what 2^16 - 1 can hold; the kernels stride over the rest.
 inline unsigned blocks_for(std::int64_t units) {
   return static_cast<unsigned>(units < 65535 ? units : 65535);

@@ -53,17 +53,7 @@ __global__ void __launch_bounds__(256) spd_logdet_block(Matrices<T> g, std::int6
   T* scratch = a + packed(c, 0);
   const T tolerance = spd_tolerance<T>(c);
   for (std::int64_t i = blockIdx.x; i < n; i += gridDim.x) {
-    const T* from = g.sample(i);
-    bool finite = true;
-    for (int e = threadIdx.x; e < c * c; e += blockDim.x) {
-      const int row = e / c, col = e - row * c;
-      if (col <= row) {
-        const T v = from[row * g.row_stride + col * g.col_stride];
-        finite = finite && is_finite(v);
-        a[packed(row, col)] = v;
-      }
-    }
-    finite = __syncthreads_and(finite);
+    const bool finite = stage_triangle(g, i, a);
     const T value = ldl_block(a, scratch, c, tolerance, finite);
     if (threadIdx.x == 0) out[i] = value;
     __syncthreads();
