@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from flatkern.graph import in_order
 from flatkern.tape import Tape
 
 __all__ = ["Degree", "degrees", "hidden_parameters"]
@@ -120,7 +121,7 @@ def degrees(
     bit = {id(p): 1 << i for i, p in enumerate(parameters.values())}
     reasons: dict[int, str] = {}
     masks: dict[Node, _Masks] = {}
-    for node in _in_order(output.grad_fn):
+    for node in in_order(output.grad_fn):
         if hasattr(node, "variable"):
             masks[node] = (bit.get(id(node.variable), 0), 0)
             continue
@@ -147,28 +148,6 @@ def degrees(
         else:
             result[name] = Degree(float(reached >> i & 1))
     return result
-
-
-def _in_order(root: Node | None) -> list[Node]:
-    """Nodes below ``root``, every one after those it depends on."""
-    order: list[Node] = []
-    if root is None:
-        return order
-    seen = {root}
-    stack: list[tuple[Node, int]] = [(root, 0)]
-    while stack:
-        node, place = stack.pop()
-        following = node.next_functions
-        while place < len(following):
-            child = following[place][0]
-            place += 1
-            if child is not None and child not in seen:
-                seen.add(child)
-                stack += [(node, place), (child, 0)]
-                break
-        else:
-            order.append(node)
-    return order
 
 
 def _combine(node: Node, inputs: list[_Masks]) -> _Masks:

@@ -22,6 +22,7 @@ __all__ = [
     "Layouts",
     "compare_batches",
     "first_with_samples",
+    "in_order",
     "on_parameters_alone",
     "shapes_of",
 ]
@@ -69,6 +70,28 @@ class Graph:
     def names(self) -> tuple[str, ...]:
         """Of all operations, in order: tells two runs of different code apart."""
         return tuple(node.name() for node in self.nodes)
+
+
+def in_order(root: Node | None) -> list[Node]:
+    """Nodes below ``root``, every one after those it depends on."""
+    order: list[Node] = []
+    if root is None:
+        return order
+    seen = {root}
+    stack: list[tuple[Node, int]] = [(root, 0)]
+    while stack:
+        node, place = stack.pop()
+        following = node.next_functions
+        while place < len(following):
+            child = following[place][0]
+            place += 1
+            if child is not None and child not in seen:
+                seen.add(child)
+                stack += [(node, place), (child, 0)]
+                break
+        else:
+            order.append(node)
+    return order
 
 
 def shapes_of(node: Node) -> tuple[torch.Size, ...]:

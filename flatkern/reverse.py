@@ -7,7 +7,6 @@ and keeps no samples together. For the operations of ordinary convolutional netw
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from flatkern.graph import in_order
 from flatkern.layers.rule import operation
 from flatkern.reverse_rules import Pulled, operands, pull_through, scatters
 from flatkern.scattered import Scattered
@@ -120,33 +120,8 @@ def _reached(output: Tensor) -> set[Node] | None:
 
 def _above(root: Node, targets: frozenset[Node]) -> list[Node]:
     """The operations on some way from ``root`` down to the targets' inputs, each after all that use it."""
-    below: dict[Node, list[Node]] = {}
-    stack = [root]
-    while stack:
-        node = stack.pop()
-        if node in below:
-            continue
-        below[node] = [b for b, _ in node.next_functions if b is not None]
-        stack += below[node]
-    above: dict[Node, list[Node]] = {}
-    for node, found in below.items():
-        for b in found:
-            above.setdefault(b, []).append(node)
-    leading: set[Node] = set()
-    pending = [node for node in targets if node in below]
-    while pending:
-        for node in above.get(pending.pop(), ()):
-            if node not in leading:
-                leading.add(node)
-                pending.append(node)
-    missing = Counter(b for node in leading for b in below[node] if b in leading)
-    order, ready = [], [root] if root in leading else []
-    while ready:
-        node = ready.pop()
-        order.append(node)
-        for b in below[node]:
-            if b in leading:
-                missing[b] -= 1
-                if not missing[b]:
-                    ready.append(b)
-    return order
+    leading: dict[Node, None] = {}
+    for node in in_order(root):
+        if any(below in targets or below in leading for below, _ in node.next_functions):
+            leading[node] = None
+    return [*reversed(leading)]

@@ -52,6 +52,7 @@ from flatkern.problem import (
     DEFAULT_MAX_MEMORY,
     Layout,
     ParameterSelection,
+    all_finite,
     check_input,
     model_device,
     preserve_state,
@@ -260,7 +261,7 @@ class CurvatureOperator(LinearOperator):
         if self._forward is None:
             check_input(batch[0], differentiable=False, name=f"data: x of batch {index}")
         for tensor in tensors_in(batch):
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            if tensor.is_floating_point() and not all_finite(tensor):
                 what = "y" if self._forward is None else "a tensor"
                 raise ValueError(f"data: {what} of batch {index} holds NaN or Inf")
 

@@ -16,7 +16,7 @@ from flatkern.operators.gradient_tape import GradientTape, noting
 from flatkern.operators.linearization import Linearization
 from flatkern.operators.linearized import LinearizedGradient
 from flatkern.operators.products import Mode
-from flatkern.problem import ParameterSelection
+from flatkern.problem import ParameterSelection, all_finite
 from flatkern.tape import Value
 
 __all__ = ["HessianOperator", "hessian", "hvp"]
@@ -59,7 +59,7 @@ class HessianOperator(CurvatureOperator):
 
 def _check_finite(name: str, gradient: Tensor) -> None:
     # the sum may overflow where no entry does; only the entries decide
-    if not bool(torch.isfinite(gradient).all()):
+    if not all_finite(gradient):
         raise ValueError(
             f"model: the gradient with respect to {name!r} holds NaN or Inf although the loss is finite"
         )
