@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from flatkern.results import Estimate, HessianTrace
 from flatkern.sample_axis import FEW, footprint, sample_axes
 from flatkern.samples import count_samples, take
 from flatkern.tape import Tape, UnsupportedError
+from flatkern.trace_allotted import LOOK, Allotment, Found
 from flatkern.trace_goal import Goal, Sampled, Spread
 
 __all__ = ["Split"]
@@ -38,6 +39,9 @@ PROBES_A_PRODUCT = 6
 """What a Hessian-vector product costs in probes, about."""
 COPIES = 5
 """Memory of a chunk over that of its intermediate values: graph, cotangents, tangents and temporaries."""
+
+_SmallRuns = dict[bool, tuple[Tape, dict[int, tuple[int, bool]]]]
+"""Tapes of a few samples, and of one (``True``), with the samples' axes."""
 
 
 @dataclass
@@ -58,7 +62,9 @@ class Split:
     verdicts: dict[str, str] = field(default_factory=dict)
     """Parameters not proven, with the reason."""
     refused: dict[str, str] = field(default_factory=dict)
-    _axes: dict[Any, dict[bool, tuple[Tape, dict[int, tuple[int, bool]]]]] = field(default_factory=dict)
+    _axes: dict[Any, _SmallRuns] = field(default_factory=dict)
+    _batch: tuple[Any, _SmallRuns] | None = None
+    """The last batch that is not one tensor, with its small runs."""
 
     def unsuitable(self) -> str:
         """Why this loss or model takes the plain estimator; empty where it does not."""
@@ -109,7 +115,14 @@ class Split:
     def run(self, method: str, started: float) -> HessianTrace:
         """The exact GGN trace plus the sampled residual."""
         probes = self.goal.samples or 0
-        pilot = self._pilot(method)
+        closed = False
+        if self.goal.samples is None and not self.per_layer:
+            allotment = Allotment(self, method)
+            found = allotment.run()
+            if found is not None:
+                return self._allotted(found, started)
+            closed = allotment.closed
+        pilot = self._pilot(method, LOOK if closed else PILOT_SAMPLES)
         ours = {n: p for n, p in self.parameters.items() if n not in self.refused}
         if not ours or (self.refused and (self.per_layer or method != "auto")):
             raise UnsupportedError("; ".join(f"{n}: {why}" for n, why in self.refused.items()))
@@ -184,6 +197,42 @@ class Split:
             },
         )
 
+    def _allotted(self, found: Found, started: float) -> HessianTrace:
+        """The result of the pass in which the samples got what they need."""
+        denominator, n = self.loss.denominator(found.weight), len(found.values)
+        value, stderr = float(found.values.sum()) / denominator, found.variance**0.5 / denominator
+        if not math.isfinite(value):
+            raise ValueError("model: second derivatives overflow or are NaN at this θ; measure in float64")
+        per_sample = found.values * (n / denominator)
+        met = stderr <= self.goal.tolerance(value)
+        notes = list(found.notes)
+        if not met:
+            notes.append("the draws spread more than the pilot's did; run again with more samples")
+        least, most = found.probes
+        text = f"sign sketch of the GGN trace ({found.cotangents:.1f} cotangents a sample)"
+        text = (text if found.sketched else "exact GGN trace") + f" + residual of {len(self.verdicts)} of "
+        text += (
+            f"{len(self.parameters)} parameters: {least if least == most else f'{least} to {most}'} probes"
+        )
+        sampled = (
+            dict.fromkeys(self.parameters, "the Gauss-Newton part is sketched") if found.sketched else {}
+        )
+        sampled.update(self.verdicts)
+        return HessianTrace(
+            value=value,
+            stderr=stderr,
+            sample_stderr=_over_samples(per_sample, found.noise * (n / denominator) ** 2),
+            method=f"{text} ({found.passes})",
+            num_data=n,
+            passes=round(found.cotangents + found.mean_probes) + 1,
+            seconds=time.perf_counter() - started,
+            converged=met,
+            per_sample=per_sample,
+            notes=tuple(notes),
+            exact=tuple(name for name in self.parameters if name not in sampled),
+            sampled=sampled,
+        )
+
     def _describe(self, how: str, probes: int, ggn: Estimate) -> str:
         sketched = f"{ggn.passes} sign sketches of the GGN trace" if ggn.stderr else ""
         if not self.verdicts:
@@ -205,18 +254,19 @@ class Split:
             errors[layer] = float(s.sum()) ** 0.5
         return values, errors
 
-    def _pilot(self, method: str) -> Spread:
-        """On a few samples, a sample."""
+    def _pilot(self, method: str, size: int) -> Spread:
+        """On so many samples of the first batch, a sample."""
         for x, y in LossData(self.model, self.data, self.forward):
             n = count_samples(x)
-            few = list(range(0, n, max(1, n // PILOT_SAMPLES)))[:PILOT_SAMPLES]
-            n, x, y = len(few), take(x, few), None if y is None else y[few]
+            few = list(range(0, n, max(1, n // size)))[:size]
             total, spread, weight = 0.0, 0.0, 0.0
             # with a number of probes given, only the verdict is wanted
+            n, step = len(few), self.step(x)
             least = max(PILOT_PROBES, 1 + math.ceil(PILOT_FREEDOM / n))
             wanted = least if self.goal.samples is None else 0
-            for chunk, target in self._chunks(x, y):
-                evaluator, part_weight = self._evaluator(chunk, target, method)
+            parts = [few[i : i + step] for i in range(0, n, step)]
+            for _, chunk, target in self.chunks(x, y, parts):
+                evaluator, part_weight = self.evaluator(chunk, target, method)
                 self.refused.update(chunk.refused)
                 weight += part_weight
                 if evaluator is not None and wanted:
@@ -236,8 +286,8 @@ class Split:
         sampled, how = Sampled(), "exact"
         layers: tuple[str, ...] | None = None
         for x, y in LossData(self.model, self.data, self.forward):
-            for chunk, target in self._chunks(x, y):
-                evaluator, weight = self._evaluator(chunk, target, method)
+            for _, chunk, target in self.chunks(x, y):
+                evaluator, weight = self.evaluator(chunk, target, method)
                 sampled.weight += weight
                 unknown = set(chunk.refused) - set(self.refused)
                 if unknown:
@@ -254,7 +304,7 @@ class Split:
                     values = torch.stack([evaluator.draw_layers(self.generator) for _ in range(probes)])
                     how = "double backward"
                 else:
-                    count = 2 if evaluator.exact else probes
+                    count = 1 if evaluator.exact else probes
                     drawn = torch.stack([evaluator.draw(self.generator) for _ in range(count)])
                     if evaluator.exact:
                         drawn = drawn[:1].expand(probes, -1)
@@ -264,41 +314,59 @@ class Split:
                 sampled.add(values if len(values) == probes else values[:1].expand(probes, -1, -1))
         return sampled, how, layers or ()
 
-    def _chunks(self, x: Any, y: Tensor | None) -> Iterator[tuple[Chunk, Tensor]]:
-        forward = LossData(self.model, self.data, self.forward).forward
+    def step(self, x: Any) -> int:
+        """Samples of a batch that a chunk takes; the small runs are made with its first ones where there are none."""
         n = count_samples(x)
         own = sum(p.numel() * p.element_size() for p in self.parameters.values())
 
         def plan(tape: Tape) -> _Recorded:
             return _Recorded(self.max_memory, footprint(tape) // max(1, len(tape.final.tensor)), own)
 
-        # batches of one kind share the small runs (of each chunk it is checked that the operations are the same)
-        kind = (x.shape[1:], x.dtype, min(n, FEW)) if isinstance(x, Tensor) else None
-        runs = self._axes.get(kind, {}) if kind is not None else {}
-        if kind is not None:
-            self._axes[kind] = runs
+        runs = self._runs_of(x)
         if False not in runs:
             # where one sample is a chunk, its cotangents for several at once would be the peak
+            forward = LossData(self.model, self.data, self.forward).forward
             runs[False] = sample_axes(
                 self.model, x, self.parameters, forward, wanted=lambda tape: plan(tape).samples(n) > 1
             )
         chunks = plan(runs[False][0])
         note(chunks)
-        step = chunks.samples(n)
+        return chunks.samples(n)
+
+    def _runs_of(self, x: Any) -> _SmallRuns:
+        # batches of one kind share the small runs (of each chunk it is checked that the operations are the same)
+        if not isinstance(x, Tensor):
+            if self._batch is None or self._batch[0] is not x:
+                self._batch = x, {}
+            return self._batch[1]
+        return self._axes.setdefault((x.shape[1:], x.dtype, min(len(x), FEW)), {})
+
+    def chunks(
+        self, x: Any, y: Tensor | None, parts: Iterable[slice | Sequence[int]] | None = None
+    ) -> Iterator[tuple[Any, Chunk, Tensor]]:
+        """Inputs, recorded run and target of each part; by default of equal parts in order."""
+        forward = LossData(self.model, self.data, self.forward).forward
+        n, step = count_samples(x), self.step(x)
+        runs = self._runs_of(x)
         if step == 1:
             del runs[False]
-        for start in range(0, n, step):
-            part = slice(start, min(start + step, n))
-            alone = part.stop - start == 1  # a batch of one may take other operations (expand does nothing)
+        if parts is None:
+            parts = (slice(start, min(start + step, n)) for start in range(0, n, step))
+        for part in parts:
+            inputs = take(x, part)
+            alone = (
+                count_samples(inputs) == 1
+            )  # a batch of one may take other operations (expand does nothing)
             if alone not in runs:
-                runs[alone] = sample_axes(self.model, x, self.parameters, forward, few=1)
-            chunk = linearize(self.model, take(x, part), self.parameters, *runs[alone], forward)
+                runs[alone] = sample_axes(self.model, x, self.parameters, forward, few=1 if alone else FEW)
+            chunk = linearize(self.model, inputs, self.parameters, *runs[alone], forward)
             for name, degree in chunk.verdicts.items():
                 if not degree.proven:
                     self.verdicts.setdefault(name, degree.reason)
-            yield chunk, chunk.tape.target if y is None else y[part]
+            yield inputs, chunk, chunk.tape.target if y is None else y[part]
 
-    def _evaluator(self, chunk: Chunk, y: Tensor, method: str) -> tuple[Sites | Twice | None, float]:
+    def evaluator(self, chunk: Chunk, y: Tensor, method: str) -> tuple[Sites | Twice | None, float]:
+        """The residual on a chunk, ``None`` where all is proven, and its part of the denominator."""
         output = chunk.output.detach().requires_grad_()
         value = self.loss.numerator(output, y)
         weight = float(self.loss.weight(output.detach(), y))
