@@ -72,7 +72,7 @@ class RecordedPull:
             target=chunk.tape.target,
             forward=self._forward,
             calls=(),
-            coverage=match_parameters(chunk.output, (), self._parameters, frozenset()),
+            coverage=match_parameters(chunk.output, [], self._parameters, frozenset()),
             uses=uses,
             input_edge=None,
             max_memory=self._max_memory,

@@ -1,4 +1,4 @@
-"""Tr H to a tolerance in one pass: what each sample needs of the Gauss-Newton part and of the residual, planned together.
+"""Tr H to a tolerance in one pass: what samples need of the Gauss-Newton part and of the residual, planned together.
 
 A plain forward pass tells the sizes of all samples' output Hessians and residuals; a pilot on some of them, chosen in
 proportion, what a draw of either part spreads. Samples are then taken in order of size, and each chunk gets the number
@@ -9,7 +9,7 @@ through the same recorded run.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -26,8 +26,8 @@ from flatkern.samples import count_samples, take
 from flatkern.squared_norms import parameter_squared_norms
 from flatkern.tape import UnsupportedError
 from flatkern.trace_goal import Goal
-from flatkern.trace_groups import Groups, columns_of, group_columns, over_bound
-from flatkern.trace_plan import Outlook, Share, allot
+from flatkern.trace_groups import columns_of, group_columns, over_bound
+from flatkern.trace_plan import Outlook, Share, Way, allot
 
 __all__ = ["Allotment", "Found", "Runs"]
 
@@ -42,8 +42,8 @@ LOOK = 4
 """Samples on which it is looked whether anything has to be drawn."""
 MOST_PROBES = 16
 """Where more are planned on average, the exact Gauss-Newton trace is small beside them."""
-_GROUPS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48)
-_COST = {Sites: 1.0, Twice: 4.0}
+_COUNTS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48)
+_COST = {Sites: 1.25, Twice: 4.0}
 """Of a probe, in cotangents that are pulled back."""
 
 
@@ -156,12 +156,12 @@ class Allotment:
         return LossData(self._runs.model, self._runs.data, self._runs.forward)
 
     def _survey(self) -> list[_Batch] | None:
-        runs, batches = self._runs, []
+        runs = self._runs
+        batches: list[_Batch] = []
         for x, y in self._data():
             n = count_samples(x)
-            if not batches:
-                if n < LEAST_SAMPLES or not self._drawn(x, y):
-                    return None
+            if not batches and (n < LEAST_SAMPLES or not self._drawn(x, y)):
+                return None
             step = runs.step(x)
             if step < min(n, LOOK):
                 return None
@@ -175,7 +175,8 @@ class Allotment:
                 )
             )
         totals = [
-            sum(float(t.sum()) for t in part) for part in zip(*((b.residuals, b.squares) for b in batches))
+            sum(float(b.residuals.sum()) for b in batches),
+            sum(float(b.squares.sum()) for b in batches),
         ]
         if not all(math.isfinite(t) and t > 0 for t in totals):
             return None
@@ -235,7 +236,7 @@ class Allotment:
                     runs.model, runs.parameters, runs.forward, runs.max_memory, chunk, inputs
                 )
             lin, output = self._pull(chunk, inputs), chunk.output.detach()
-            sketches.append(self._draws(lin, output, target, 1, PILOT_DRAWS)[0])
+            sketches.append(self._draws(lin, output, target, Way(0, 1, PILOT_DRAWS))[0])
             evaluator, _ = runs.evaluator(chunk, target, self._method)
             if evaluator is None or evaluator.exact:
                 self.closed = True
@@ -251,9 +252,7 @@ class Allotment:
         )
         denominator = runs.loss.denominator(sum(b.weight for b in batches))
         tolerance = runs.goal.tolerance(factor * (spread.ggn + spread.residual) / denominator) * denominator
-        outlooks = [
-            _outlook(batch, part, spread) for batch in batches for part in batch.order.split(batch.step)
-        ]
+        outlooks = [outlook for batch in batches for outlook in _outlooks(batch, spread)]
         shares = allot(outlooks, tolerance**2, spread.cost, runs.goal.max_samples)
         if shares is None:
             return None
@@ -280,7 +279,7 @@ class Allotment:
                     )
                 lin, output = pull(chunk, inputs), chunk.output.detach()
                 check_target(runs.loss, output, target, [False])
-                sketch = self._sketch(lin, output, target, share, total)
+                sketch = self._sketch(lin, output, target, share.way, total)
                 del lin
                 residual = self._residual(chunk, target, share, total)
                 values[:, part] = torch.stack([sketch[0] + residual[0], sketch[1] + residual[1]])
@@ -289,12 +288,12 @@ class Allotment:
         return total.found()
 
     def _draws(
-        self, lin: Linearization, output: Tensor, target: Tensor, count: int, draws: int
+        self, lin: Linearization, output: Tensor, target: Tensor, way: Way
     ) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-        """Draws of the sketch by ``count`` groups, [draws, n]; Σ_g c_g v_g² of the first [n] where it is the only one."""
+        """Values of the sketch [draws, n]; for a single draw the bound Σ_g c_g v_g² on its variance, [n]."""
         runs = self._runs
         columns = columns_of(runs.loss, output, target)
-        groups = group_columns(columns.double().square().flatten(2).sum(2).T, count)
+        groups = group_columns(columns.double().square().flatten(2).sum(2).T, way.alone, way.groups)
         notes: tuple[str, ...] = ()
 
         def squares(roots: Tensor) -> Tensor:
@@ -303,35 +302,44 @@ class Allotment:
             notes = norms.notes
             return norms.total
 
-        values, bound = [], torch.zeros(len(output), dtype=torch.float64, device=output.device)
-        for _ in range(draws):
+        values: list[Tensor] = []
+        bound = torch.zeros(len(output), dtype=torch.float64, device=output.device)
+        alone = torch.zeros_like(bound)
+        for draw in range(way.draws):
             signs = torch.randint(0, 2, columns.shape[:2], generator=runs.generator, dtype=torch.int8)
             roots = groups.combined(columns, signs.T.to(output.device) * 2 - 1)
-            if draws > 1:
-                values.append(squares(roots))
-            else:
-                found, bound = _by_group(groups, roots, squares)
-                values.append(found)
+            if draw == 0 and way.alone:
+                alone = squares(roots[: way.alone])
+            if way.draws > 1:
+                values.append(alone + squares(roots[way.alone :]))
+                continue
+            value = alone
+            for factors, root in zip(
+                over_bound(groups.sizes).T[way.alone :], roots[way.alone :], strict=True
+            ):
+                part = squares(root.unsqueeze(0))
+                value, bound = value + part, bound + factors * part.square()
+            values.append(value)
         return torch.stack(values), bound, notes
 
     def _sketch(
-        self, lin: Linearization, output: Tensor, target: Tensor, share: Share, total: _Total
+        self, lin: Linearization, output: Tensor, target: Tensor, way: Way, total: _Total
     ) -> tuple[Tensor, Tensor]:
         """The Gauss-Newton part a sample and its variance where it is known, [n] each."""
-        if share.groups >= self._runs.loss.columns(output):
+        if not way.draws:
             root = self._runs.loss.root
             assert root is not None
             roots = root(output, target)
             norms = parameter_squared_norms(self._runs.model, lin, roots, self._runs.parameters)
             total.notes.update(dict.fromkeys(norms.notes))
             return norms.total, torch.zeros_like(norms.total)
-        values, bound, notes = self._draws(lin, output, target, share.groups, share.draws)
+        values, bound, notes = self._draws(lin, output, target, way)
         total.notes.update(dict.fromkeys(notes))
         total.sketched = True
-        if share.draws == 1:
+        if way.draws == 1:
             total.variance += float(bound.sum())
             return values[0], torch.zeros_like(bound)
-        noise = values.var(0) / share.draws
+        noise = values.var(0) / way.draws
         total.variance += float(noise.sum())
         return values.mean(0), noise
 
@@ -355,27 +363,13 @@ class Allotment:
         return values[0], torch.zeros_like(values[0])
 
 
-def _by_group(groups: Groups, roots: Tensor, squares: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Σ_g v_g and Σ_g c_g v_g², [n] each; groups of one column everywhere are pulled back together."""
-    factors = over_bound(groups.sizes)
-    alone = (factors == 0).all(0).tolist()
-    total = squares(roots[alone]) if any(alone) else torch.zeros_like(factors[:, 0])
-    bound = torch.zeros_like(total)
-    for group, single in enumerate(alone):
-        if not single:
-            value = squares(roots[group : group + 1])
-            total = total + value
-            bound = bound + factors[:, group] * value.square()
-    return total, bound
-
-
 def _spread(
     batch: _Batch, chosen: Tensor, counts: Tensor, sketches: Tensor, residuals: Tensor, cost: float
 ) -> _Spread:
     squares = batch.squares[chosen]
     sizes = squares.sum(1)
     gains = torch.where(sizes > 0, sketches.mean(0) / sizes, 0.0)
-    pairs = group_columns(squares, 1).pairs
+    pairs = group_columns(squares, 0, 1).pairs
     mean, variance = residuals.mean(0), residuals.var(0)
     energy = float(batch.residuals.square().sum())
 
@@ -394,18 +388,32 @@ def _spread(
     )
 
 
-def _outlook(batch: _Batch, part: Tensor, spread: _Spread) -> Outlook:
-    squares, energy = batch.squares[part], float(batch.residuals[part].square().sum())
+def _outlooks(batch: _Batch, spread: _Spread) -> list[Outlook]:
+    """Of the batch's chunks."""
+    squares, energies = batch.squares[batch.order], batch.residuals[batch.order].square()
     columns = squares.shape[1]
-    sketches = {(columns, 1): 0.0}
-    for count in _GROUPS:
+    ways = {Way(columns, 0, 0): torch.zeros_like(energies)}
+    for count in _COUNTS:
         if count >= columns:
             break
-        groups = group_columns(squares, count)
-        bound = float((over_bound(groups.sizes) * groups.sums.square()).sum())
-        sketches[count, 1] = spread.gain * bound
-        sketches[count, 2] = spread.gain * spread.coherence * 2 * float(groups.pairs.sum())
-    return Outlook(len(part), sketches, spread.probe * energy, spread.single * energy)
+        # drawn once: alone or not, what is known of the variance is its bound
+        groups = group_columns(squares, 0, count)
+        ways[Way(0, count, 1)] = spread.gain * (over_bound(groups.sizes) * groups.sums.square()).sum(1)
+        pairs = {(0, count): groups.pairs, (count - 1, 1): group_columns(squares, count - 1, 1).pairs}
+        for (alone, others), sizes in pairs.items():
+            ways[Way(alone, others, 2)] = spread.gain * spread.coherence * 2 * sizes
+    variances = torch.stack(
+        [v.new_tensor([part.sum() for part in v.split(batch.step)]) for v in ways.values()]
+    )
+    return [
+        Outlook(
+            len(part),
+            dict(zip(ways, variances[:, i].tolist(), strict=True)),
+            spread.probe * float(part.sum()),
+            spread.single * float(part.sum()),
+        )
+        for i, part in enumerate(energies.split(batch.step))
+    ]
 
 
 class _Total:
@@ -422,7 +430,7 @@ class _Total:
 
     def count(self, samples: int, share: Share) -> None:
         self._samples += samples
-        self._cotangents += samples * share.groups * share.draws
+        self._cotangents += samples * share.way.cotangents
         self._probed += samples * share.probes
         self._counts.add(share.probes)
 

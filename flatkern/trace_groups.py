@@ -21,6 +21,8 @@ __all__ = ["Groups", "columns_of", "group_columns", "over_bound"]
 class Groups:
     """Columns of every sample by group."""
 
+    alone: int
+    """So many first groups are of one column."""
     place: Tensor
     """The group of each column, [n, K]."""
     sums: Tensor
@@ -46,27 +48,40 @@ def columns_of(loss: Loss, output: Tensor, target: Tensor) -> Tensor:
     return made(output, target)
 
 
-def group_columns(squares: Tensor, count: int) -> Groups:
-    """Groups of about equal sums: columns in falling order, each to the group that has least so far.
+def group_columns(squares: Tensor, alone: int, count: int) -> Groups:
+    """The ``alone`` largest columns are groups of their own; the others make ``count`` groups of about equal sums.
+
+    Equal sums have few cross terms: columns in falling order, each to the group that has least so far.
 
     Args:
         squares: ‖s_k‖², [n, K].
-        count: number of groups.
+        alone: fewer than K.
+        count: of the other groups, at least 1.
     """
     n, k = squares.shape
     squares = squares.double()
+    order = squares.argsort(1, descending=True)
     place = torch.zeros(n, k, dtype=torch.long, device=squares.device)
-    sums = squares.new_zeros(n, count)
-    sizes, own = torch.zeros_like(sums), torch.zeros_like(sums)
-    for column in squares.argsort(1, descending=True).T.unsqueeze(2):
-        size = squares.gather(1, column)
+    place.scatter_(1, order, torch.arange(k, device=squares.device).clamp(max=alone).expand(n, k))
+    sums = squares.new_zeros(n, alone + count)
+    sums[:, :alone] = squares.gather(1, order[:, :alone])
+    sizes, own = torch.zeros_like(sums), sums.square()
+    sizes[:, :alone] = 1
+    if count == 1:
+        sizes[:, alone] = k - alone
+        sums[:, alone] = squares.gather(1, order[:, alone:]).sum(1)
+        own[:, alone] = squares.gather(1, order[:, alone:]).square().sum(1)
+        return Groups(alone, place, sums, sizes, (sums.square() - own).clamp(min=0).sum(1) / 2)
+    for column in order[:, alone:].T.unsqueeze(2):
+        size, others = squares.gather(1, column), sums[:, alone:]
         # of equal sums the emptier group, so that no group stays empty while another has two
-        least = torch.where(sums == sums.amin(1, keepdim=True), sizes, float(k)).argmin(1, keepdim=True)
+        open_to = others == others.amin(1, keepdim=True)
+        least = alone + torch.where(open_to, sizes[:, alone:], float(k)).argmin(1, keepdim=True)
         place.scatter_(1, column, least)
         sums.scatter_add_(1, least, size)
         own.scatter_add_(1, least, size.square())
         sizes.scatter_add_(1, least, torch.ones_like(size))
-    return Groups(place, sums, sizes, (sums.square() - own).clamp(min=0).sum(1) / 2)
+    return Groups(alone, place, sums, sizes, (sums.square() - own).clamp(min=0).sum(1) / 2)
 
 
 def over_bound(sizes: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Outlook", "Share", "allot"]
+__all__ = ["Outlook", "Share", "Way", "allot"]
 
 RESERVE = 1.5
 """What is planned stays this much below the variance that is allowed: the outlook is from a few samples."""
@@ -14,12 +14,29 @@ _STEPS = 80
 
 
 @dataclass(frozen=True)
+class Way:
+    """A way to the Gauss-Newton part of a chunk."""
+
+    alone: int
+    """Columns pulled back by themselves; all of them: the exact trace."""
+    groups: int
+    """Of the others;"""
+    draws: int
+    """of signs for these."""
+
+    @property
+    def cotangents(self) -> int:
+        """A sample."""
+        return self.alone + self.groups * self.draws
+
+
+@dataclass(frozen=True)
 class Outlook:
     """What is expected of a chunk: variances as they will be stated, by what is done."""
 
     samples: int
-    sketches: Mapping[tuple[int, int], float]
-    """By (groups, draws) of the Gauss-Newton part; (K, 1) is the exact one, of variance 0."""
+    sketches: Mapping[Way, float]
+    """Of the Gauss-Newton part."""
     probe: float
     """Of one probe of the residual, from the probes' own spread (two probes at least);"""
     single: float
@@ -30,8 +47,7 @@ class Outlook:
 class Share:
     """What is done on a chunk."""
 
-    groups: int
-    draws: int
+    way: Way
     probes: int
 
 
@@ -70,8 +86,8 @@ def _cheapest(chunk: Outlook, weight: float, probe_cost: float, most: int) -> tu
     def total(choice: tuple[float, float, int]) -> float:
         return choice[0] + weight * choice[1]
 
-    (groups, draws), seen = min(
-        chunk.sketches.items(), key=lambda item: chunk.samples * item[0][0] * item[0][1] + weight * item[1]
+    way, seen = min(
+        chunk.sketches.items(), key=lambda item: chunk.samples * item[0].cotangents + weight * item[1]
     )
     a_probe = chunk.samples * probe_cost
     ideal = (weight * chunk.probe / a_probe) ** 0.5
@@ -80,8 +96,4 @@ def _cheapest(chunk: Outlook, weight: float, probe_cost: float, most: int) -> tu
     if chunk.samples > 3:
         choices.append((a_probe, chunk.single, 1))
     cost, variance, probes = min(choices, key=total)
-    return (
-        cost + chunk.samples * groups * draws,
-        variance + seen,
-        Share(groups, draws, probes),
-    )
+    return cost + chunk.samples * way.cotangents, variance + seen, Share(way, probes)
