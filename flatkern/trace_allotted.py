@@ -34,7 +34,11 @@ __all__ = ["Allotment", "Found", "Runs"]
 MOST_COLUMNS = 64
 """Columns of S_i up to which this is tried."""
 LEAST_SAMPLES = 128
+LEAST_WORK = 150_000_000
+"""Parameters plus ten times the values, times samples (a gradient of about 10 ms): below, a plan costs what it saves."""
 PILOT = 64
+PILOT_POWER = 1.5
+"""Means go with a sample's size, variances with its square; probabilities are in between."""
 PILOT_DRAWS = 2
 PILOT_PROBES = 4
 PILOT_FREEDOM = 192
@@ -61,6 +65,9 @@ class Runs(Protocol):
 
     def step(self, x: Any) -> int:
         """Samples of a batch that a chunk takes."""
+
+    def work(self, x: Any) -> int:
+        """Entries of parameters and ten times those of the values, times samples."""
 
     def chunks(
         self, x: Any, y: Tensor | None, parts: Iterable[slice | Sequence[int]]
@@ -160,8 +167,10 @@ class Allotment:
         batches: list[_Batch] = []
         for x, y in self._data():
             n = count_samples(x)
-            if not batches and (n < LEAST_SAMPLES or not self._drawn(x, y)):
-                return None
+            if not batches:
+                small = n < LEAST_SAMPLES or runs.work(x) < LEAST_WORK
+                if small or not self._drawn(x, y):
+                    return None
             step = runs.step(x)
             if step < min(n, LOOK):
                 return None
@@ -215,16 +224,17 @@ class Allotment:
         return residual.double().flatten(1).norm(dim=1), squares, weight
 
     def _pilot(self, batch: _Batch) -> _Spread | None:
-        """On samples of the first batch chosen with probabilities in proportion to their sizes."""
+        """On samples of the first batch, large ones with more probability; sums over all are by inverse probability."""
         runs = self._runs
         x, y = next(iter(self._data()))
         if count_samples(x) != len(batch):
             return None
-        ends = batch.sizes[batch.order].cumsum(0)
+        sizes = batch.sizes**PILOT_POWER
+        ends = sizes[batch.order].cumsum(0)
         marks = (torch.arange(PILOT, dtype=ends.dtype, device=ends.device) + 0.5) * (ends[-1] / PILOT)
         places, counts = torch.searchsorted(ends, marks).clamp(max=len(batch) - 1).unique(return_counts=True)
         chosen = batch.order[places]
-        counts = counts.to(ends) * ends[-1] / PILOT / batch.sizes[chosen]
+        counts = counts.to(ends) * ends[-1] / PILOT / sizes[chosen]
         parts = [part.tolist() for part in chosen.split(batch.step)]
         probes = max(PILOT_PROBES, 1 + math.ceil(PILOT_FREEDOM / len(chosen)))
         sketches, residuals, cost = [], [], _COST[Sites]

@@ -315,7 +315,19 @@ class Split:
         return sampled, how, layers or ()
 
     def step(self, x: Any) -> int:
-        """Samples of a batch that a chunk takes; the small runs are made with its first ones where there are none."""
+        """Samples of a batch that a chunk takes."""
+        n, chunks = count_samples(x), self._recorded(x)
+        note(chunks)
+        return chunks.samples(n)
+
+    def work(self, x: Any) -> int:
+        """Entries of parameters and ten times those of the values, times samples: how dear a gradient is, roughly."""
+        chunks = self._recorded(x)
+        entry = next(iter(self.parameters.values())).element_size()
+        return count_samples(x) * (chunks.gradient_bytes + 10 * chunks.sample_bytes) // entry
+
+    def _recorded(self, x: Any) -> _Recorded:
+        """From the small runs, which are made with the batch's first samples where there are none."""
         n = count_samples(x)
         own = sum(p.numel() * p.element_size() for p in self.parameters.values())
 
@@ -329,9 +341,7 @@ class Split:
             runs[False] = sample_axes(
                 self.model, x, self.parameters, forward, wanted=lambda tape: plan(tape).samples(n) > 1
             )
-        chunks = plan(runs[False][0])
-        note(chunks)
-        return chunks.samples(n)
+        return plan(runs[False][0])
 
     def _runs_of(self, x: Any) -> _SmallRuns:
         # batches of one kind share the small runs (of each chunk it is checked that the operations are the same)

@@ -23,6 +23,11 @@ torch.set_num_threads(1)
 N = 160
 
 
+@pytest.fixture(autouse=True)
+def _small_networks_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trace_allotted, "LEAST_WORK", 0)
+
+
 def _signs(k: int) -> Iterator[Tensor]:
     for pattern in itertools.product((-1.0, 1.0), repeat=k):
         yield torch.tensor(pattern, dtype=torch.float64)
@@ -283,6 +288,14 @@ def test_exact_parts_stay_exact(kind: str) -> None:
         assert found.value == pytest.approx(true, rel=1e-9)
     else:
         assert set(found.exact) == {"6.weight", "6.bias"}
+
+
+def test_little_work_is_not_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, y, _ = _problem()
+    monkeypatch.undo()
+    found = fk.hessian_trace(model, nn.CrossEntropyLoss(), (x, y), rtol=0.1, seed=0)
+    assert found.method.startswith("exact GGN trace")
+    assert found.samples is not None
 
 
 def test_left_as_found_and_reproducible() -> None:
