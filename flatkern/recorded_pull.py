@@ -13,6 +13,7 @@ from flatkern.linearize import Forward, Linearization, check_independence, outli
 from flatkern.placement import check_layouts
 from flatkern.problem import preserve_state
 from flatkern.residual import Chunk
+from flatkern.sample_axis import footprint
 from flatkern.samples import count_samples, take
 from flatkern.tape import UnsupportedError, record
 from flatkern.uses import find_uses
@@ -20,8 +21,8 @@ from flatkern.uses import find_uses
 __all__ = ["RecordedPull"]
 
 _FEW = 2
-_TOGETHER = 2
-"""Cotangents at all places that a chunk has room for beside its values."""
+_ROOM = 3
+"""A chunk has room for cotangents of so many times its values."""
 
 
 class RecordedPull:
@@ -65,6 +66,7 @@ class RecordedPull:
         if uses.uncovered:
             raise UnsupportedError(f"uses without a rule of {', '.join(uses.uncovered)}")
         widths = [shapes_of(node)[0].numel() for node in uses.sites]
+        taken = (sum(widths) + 2 * max(widths, default=0)) * chunk.output.element_size()
         return Linearization(
             x=x,
             start=0,
@@ -78,5 +80,5 @@ class RecordedPull:
             max_memory=self._max_memory,
             misplaced=frozenset(),
             widest=max([chunk.output.numel(), *widths]),
-            together=_TOGETHER,
+            together=max(1, _ROOM * footprint(chunk.tape) // max(1, taken)),
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 __all__ = ["Outlook", "Share", "Way", "allot"]
 
-RESERVE = 1.5
+RESERVE = 1.3
 """What is planned stays this much below the variance that is allowed: the outlook is from a few samples."""
 _STEPS = 80
 

@@ -23,7 +23,7 @@ from flatkern.results import Estimate, HessianTrace
 from flatkern.sample_axis import FEW, footprint, sample_axes
 from flatkern.samples import count_samples, take
 from flatkern.tape import Tape, UnsupportedError
-from flatkern.trace_allotted import LOOK, Allotment, Found
+from flatkern.trace_allotted import Allotment, Found
 from flatkern.trace_goal import Goal, Sampled, Spread
 
 __all__ = ["Split"]
@@ -40,6 +40,7 @@ PROBES_A_PRODUCT = 6
 COPIES = 5
 """Memory of a chunk over that of its intermediate values: graph, cotangents, tangents and temporaries."""
 
+_AFFINE = "outputs piecewise affine in every parameter entry"
 _SmallRuns = dict[bool, tuple[Tape, dict[int, tuple[int, bool]]]]
 """Tapes of a few samples, and of one (``True``), with the samples' axes."""
 
@@ -122,7 +123,7 @@ class Split:
             if found is not None:
                 return self._allotted(found, started)
             closed = allotment.closed
-        pilot = self._pilot(method, LOOK if closed else PILOT_SAMPLES)
+        pilot = Spread(0.0, 0.0, 0.0) if closed else self._pilot(method)
         ours = {n: p for n, p in self.parameters.items() if n not in self.refused}
         if not ours or (self.refused and (self.per_layer or method != "auto")):
             raise UnsupportedError("; ".join(f"{n}: {why}" for n, why in self.refused.items()))
@@ -208,12 +209,6 @@ class Split:
         notes = list(found.notes)
         if not met:
             notes.append("the draws spread more than the pilot's did; run again with more samples")
-        least, most = found.probes
-        text = f"sign sketch of the GGN trace ({found.cotangents:.1f} cotangents a sample)"
-        text = (text if found.sketched else "exact GGN trace") + f" + residual of {len(self.verdicts)} of "
-        text += (
-            f"{len(self.parameters)} parameters: {least if least == most else f'{least} to {most}'} probes"
-        )
         sampled = (
             dict.fromkeys(self.parameters, "the Gauss-Newton part is sketched") if found.sketched else {}
         )
@@ -222,9 +217,9 @@ class Split:
             value=value,
             stderr=stderr,
             sample_stderr=_over_samples(per_sample, found.noise * (n / denominator) ** 2),
-            method=f"{text} ({found.passes})",
+            method=self._described(found),
             num_data=n,
-            passes=round(found.cotangents + found.mean_probes) + 1,
+            passes=round(found.cotangents + found.probes) + 1,
             seconds=time.perf_counter() - started,
             converged=met,
             per_sample=per_sample,
@@ -236,12 +231,23 @@ class Split:
     def _describe(self, how: str, probes: int, ggn: Estimate) -> str:
         sketched = f"{ggn.passes} sign sketches of the GGN trace" if ggn.stderr else ""
         if not self.verdicts:
-            affine = "outputs piecewise affine in every parameter entry"
-            return f"{sketched}; {affine}" if sketched else f"exact (ghost norms; {affine})"
-        text = sketched or "exact GGN trace"
-        text += f" + residual of {len(self.verdicts)} of {len(self.parameters)} parameters: "
+            return f"{sketched}; {_AFFINE}" if sketched else f"exact (ghost norms; {_AFFINE})"
+        text = (sketched or "exact GGN trace") + self._residual_text()
         text += "closed form" if how == "exact" else f"{probes} probes ({how})"
         return text + (f", Hutchinson for {', '.join(self.refused)}" if self.refused else "")
+
+    def _described(self, found: Found) -> str:
+        if not self.verdicts:
+            return f"exact (ghost norms; {_AFFINE})"
+        text = f"sign sketch of the GGN trace ({found.cotangents:.1f} cotangents a sample)"
+        text = (text if found.sketched else "exact GGN trace") + self._residual_text()
+        if not found.how:
+            return text + "closed form"
+        probes = f"{found.least}" if found.least == found.most else f"{found.least} to {found.most}"
+        return f"{text}{probes} probes ({found.how})"
+
+    def _residual_text(self) -> str:
+        return f" + residual of {len(self.verdicts)} of {len(self.parameters)} parameters: "
 
     @staticmethod
     def _by_layer(
@@ -254,11 +260,11 @@ class Split:
             errors[layer] = float(s.sum()) ** 0.5
         return values, errors
 
-    def _pilot(self, method: str, size: int) -> Spread:
-        """On so many samples of the first batch, a sample."""
+    def _pilot(self, method: str) -> Spread:
+        """On a few samples, a sample."""
         for x, y in LossData(self.model, self.data, self.forward):
             n = count_samples(x)
-            few = list(range(0, n, max(1, n // size)))[:size]
+            few = list(range(0, n, max(1, n // PILOT_SAMPLES)))[:PILOT_SAMPLES]
             total, spread, weight = 0.0, 0.0, 0.0
             # with a number of probes given, only the verdict is wanted
             n, step = len(few), self.step(x)
