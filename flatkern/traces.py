@@ -51,8 +51,8 @@ def hessian_trace(
     """Tr ∂²L/∂θ² of a loss, exactly where that is possible and else to a tolerance with a valid standard error.
 
     ∂²L/∂θ² = JᵀH_L J + Σ_i Σ_c ∂ℓ_i/∂f_c ∂²f_c(x_i)/∂θ². The first trace, that of the GGN, is exact by ghost norms
-    (:func:`ggn_trace`), unless the second has to be sampled and a tolerance is to be met: then it may be sketched, with
-    the cheapest plan for both. The second vanishes for every parameter in whose single entries the outputs are piecewise
+    (:func:`ggn_trace`), unless the second has to be sampled and a tolerance is to be met: then it may be sketched,
+    with the cheapest plan for both. The second vanishes for every parameter in whose single entries the outputs are piecewise
     affine, the others fixed: read off the autograd graph of the run, operation by operation. ReLU networks need
     nothing more. For the other parameters it is sampled in activation space: every sample draws its own random
     change of every layer's output, whose covariance stands for changes of all weights at once, and
@@ -82,8 +82,8 @@ def hessian_trace(
         max_memory: bytes of the working set; default 1 GiB. Samples are chunked to fit.
 
     Returns:
-        A :class:`HessianTrace`: ``stderr`` is the estimator's own error, √(Σ_i s_i²/k) over the samples' own k values (a
-        bound on it where one draw was enough), and 0 where everything was exact; ``sample_stderr`` is that of the mean
+        A :class:`HessianTrace`: ``stderr`` is the estimator's own error, √(Σ_i s_i²/k) over the samples' own k values
+        (a bound on it where one draw was enough), and 0 where everything was exact; ``sample_stderr`` is that of the mean
         over samples with the estimator's part taken out. ``exact`` and ``sampled`` name the parameters. ``samples``
         holds the k probe values, where all data samples had as many and the GGN part is exact.
 
