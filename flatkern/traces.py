@@ -52,9 +52,9 @@ def hessian_trace(
 
     ∂²L/∂θ² = JᵀH_L J + Σ_i Σ_c ∂ℓ_i/∂f_c ∂²f_c(x_i)/∂θ². The first trace, that of the GGN, is exact by ghost norms
     (:func:`ggn_trace`), unless the second has to be sampled and a tolerance is to be met: then it may be sketched,
-    with the cheapest plan for both. The second vanishes for every parameter in whose single entries the outputs are piecewise
-    affine, the others fixed: read off the autograd graph of the run, operation by operation. ReLU networks need
-    nothing more. For the other parameters it is sampled in activation space: every sample draws its own random
+    with the cheapest plan for both. The second vanishes for every parameter in whose single entries the outputs are
+    piecewise affine, the others fixed: read off the autograd graph of the run, operation by operation. ReLU networks
+    need nothing more. For the other parameters it is sampled in activation space: every sample draws its own random
     change of every layer's output, whose covariance stands for changes of all weights at once, and
     uᵀ∇²(r·f)u is taken by a tangent forward pass. What an elementwise nonlinearity does to the weights
     of its own layer and, in dense networks, of the layer before is put in exactly: with two hidden layers nothing is
@@ -83,9 +83,9 @@ def hessian_trace(
 
     Returns:
         A :class:`HessianTrace`: ``stderr`` is the estimator's own error, √(Σ_i s_i²/k) over the samples' own k values
-        (a bound on it where one draw was enough), and 0 where everything was exact; ``sample_stderr`` is that of the mean
-        over samples with the estimator's part taken out. ``exact`` and ``sampled`` name the parameters. ``samples``
-        holds the k probe values, where all data samples had as many and the GGN part is exact.
+        (a bound on it where one draw was enough), and 0 where everything was exact; ``sample_stderr`` is that of the
+        mean over samples with the estimator's part taken out. ``exact`` and ``sampled`` name the parameters.
+        ``samples`` holds the k probe values, where all data samples had as many and the GGN part is exact.
 
     Cost: the GGN trace, one forward and one backward pass, and 0.2 to 1 gradients a probe (of which 2 or 3 mostly do);
     with a sketched GGN part a forward pass and a pilot more, but 1 to 5 cotangents a sample instead of one less than
