@@ -217,6 +217,7 @@ class Allotment:
                 return None
             cost = _COST[type(evaluator)]
             residuals.append(torch.stack([evaluator.draw(runs.generator) for _ in range(probes)]))
+            del inputs, chunk, output, evaluator
         return expected(batch, chosen, counts, torch.cat(sketches, 1), torch.cat(residuals, 1)), cost
 
     def _plan(self, batches: list[Batch], spread: Expected, cost: float) -> list[list[Share]] | None:
@@ -259,7 +260,9 @@ class Allotment:
             shares = plan(number, x)
             values = torch.zeros(2, count_samples(x), dtype=torch.float64, device=device)
             chunks = runs.chunks(x, y, [part for part, _ in shares])
-            for (part, share), (inputs, chunk, target) in zip(shares, chunks, strict=True):
+            pending = iter(shares)
+            for inputs, chunk, target in chunks:  # one at a time: none is kept while the next is run
+                part, share = next(pending)
                 lin, output = self._linearized(chunk, inputs), chunk.output.detach()
                 check_target(runs.loss, output, target, unchecked)
                 ours = sketch(lin, output, target, share.way)
@@ -267,6 +270,7 @@ class Allotment:
                 rest = residual(chunk, target, share.probes)
                 values[:, part] = torch.stack([ours[0] + rest[0], ours[1] + rest[1]])
                 done.append((len(output), share))
+                del inputs, chunk, output
             batches.append(values)
         together, n = torch.cat(batches, 1), sum(n for n, _ in done)
         counts = residual.counts or {0}

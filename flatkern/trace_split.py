@@ -37,7 +37,7 @@ SECOND_PILOT = 16
 """Where more probes than this are planned, a pilot on all samples plans again."""
 PROBES_A_PRODUCT = 6
 """What a Hessian-vector product costs in probes, about."""
-COPIES = 5
+COPIES = 4
 """Memory of a chunk over that of its intermediate values: graph, cotangents, tangents and temporaries."""
 
 _AFFINE = "outputs piecewise affine in every parameter entry"
@@ -280,6 +280,7 @@ class Split:
                         [evaluator.draw(self.generator) for _ in range(2 if evaluator.exact else wanted)]
                     )
                     total, spread = total + float(values.mean(0).sum()), spread + float(values.var(0).sum())
+                del chunk, evaluator
             return Spread(total, spread, weight).scaled(1 / n)
         raise ValueError("data: no batch in it")
 
@@ -318,6 +319,7 @@ class Split:
                         how = "tangent passes" if isinstance(evaluator, Sites) else "double backward"
                     values = drawn.unsqueeze(1)
                 sampled.add(values if len(values) == probes else values[:1].expand(probes, -1, -1))
+                del chunk, evaluator
         return sampled, how, layers or ()
 
     def step(self, x: Any) -> int:
@@ -380,6 +382,7 @@ class Split:
                 if not degree.proven:
                     self.verdicts.setdefault(name, degree.reason)
             yield inputs, chunk, chunk.tape.target if y is None else y[part]
+            del inputs, chunk  # before the next is run
 
     def evaluator(self, chunk: Chunk, y: Tensor, method: str) -> tuple[Sites | Twice | None, float]:
         """The residual on a chunk, ``None`` where all is proven, and its part of the denominator."""
