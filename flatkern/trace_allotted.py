@@ -40,10 +40,12 @@ LEAST_WORK = 150_000_000
 """Parameters plus ten times the values, times samples (a gradient of some 10 ms): below, a plan costs what it saves."""
 LOOK = 4
 """Samples on which it is looked whether anything has to be drawn."""
+MORE_CHUNKS = 1
+"""Than memory asks for: what samples get can differ by chunk alone."""
 PILOT = 64
 PILOT_DRAWS = 2
-PILOT_PROBES = 4
-PILOT_FREEDOM = 192
+PILOT_PROBES = 3
+PILOT_FREEDOM = 128
 """Degrees of freedom of the pilot's spread, at least."""
 MOST_PROBES = 16
 """Where more are planned on average, the exact Gauss-Newton trace is small beside them."""
@@ -176,7 +178,8 @@ class Allotment:
             n, step = count_samples(x), self._runs.step(x)
             found = [self._sizes(x, y, slice(i, min(i + step, n))) for i in range(0, n, step)]
             residuals, squares, weights = zip(*found, strict=True)
-            batches.append(Batch(step, torch.cat(residuals), torch.cat(squares), sum(weights)))
+            finer = -(-n // (-(-n // step) + MORE_CHUNKS))
+            batches.append(Batch(finer, torch.cat(residuals), torch.cat(squares), sum(weights)))
         residual = sum(float(b.residuals.sum()) for b in batches)
         square = sum(float(b.squares.sum()) for b in batches)
         if not all(math.isfinite(total) and total > 0 for total in (residual, square)):
