@@ -48,6 +48,11 @@ class SampleAxis:
         """Sums over everything but the samples, float64 [n]."""
         return self.rows(tensor).reshape(self.n, -1).sum(1).double()
 
+    def dot(self, left: Tensor, right: Tensor) -> Tensor:
+        """:meth:`total` of the product of two tensors, which is not formed."""
+        rows = (self.rows(t).reshape(self.n, -1) for t in (left, right))
+        return torch.linalg.vecdot(*rows).double()
+
 
 def footprint(tape: Tape) -> int:
     """Bytes of all values of a run but parameters; views are no bytes of their own."""

@@ -35,7 +35,7 @@ class Value:
 
     index: int
     tensor: Tensor
-    """Detached; shares its storage with the model's own until that is written to."""
+    """Detached; shares its storage with the model's own until that is written to. Without data once let go."""
     version: int | None = None
     edge: GradientEdge | None = None
     """Its place in the autograd graph; ``None`` for leaves and constants."""
@@ -43,6 +43,11 @@ class Value:
     """Whether autograd follows it; else it is a constant."""
     parameter: str | None = None
     """The parameter's name, for a parameter."""
+
+    def let_go(self) -> None:
+        """Leave shape and dtype only, and no graph."""
+        self.tensor = torch.empty_like(self.tensor, device="meta")
+        self.edge = None
 
 
 @dataclass(eq=False)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 
 from torch import Tensor
 
 from flatkern.kernels._attention_jet import LinearizedAttention
 from flatkern.residual.rule import Rule, Tangents
-from flatkern.tape import Op
+from flatkern.tape import Op, Value
 
 __all__ = ["Attention"]
 
@@ -25,9 +25,13 @@ class Attention(Rule):
         self.curved = any(self._is_active(place) for place in (0, 1, 3))  # else it is linear in v
         self._image: tuple[tuple[Tensor | None, ...], Tensor] | None = None
 
-    def _is_active(self, place: int) -> bool:
-        value = self.op.args[place] if place < len(self.op.args) else None
-        return value is not None and value.index in self.active
+    def prepare(self) -> None:
+        """See :class:`Rule`."""
+        _ = self._linearized
+
+    def keeps(self) -> Iterable[Value]:
+        """See :class:`Rule`."""
+        return ()
 
     @cached_property
     def _linearized(self) -> LinearizedAttention:

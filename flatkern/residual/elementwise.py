@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -12,9 +12,14 @@ from flatkern import kernels
 from flatkern.kernels._activation_forms import Kind
 from flatkern.kernels._jet_operator import DTYPES
 from flatkern.residual.rule import Rule, Spread, Tangents
-from flatkern.tape import Op
+from flatkern.tape import Op, Value
 
 __all__ = ["Elementwise"]
+
+_PIECEWISE_LINEAR = frozenset(
+    {"abs", "clamp", "clamp_max", "clamp_min", "hardshrink", "hardsigmoid", "hardtanh", "leaky_relu", "relu"}
+    | {"softshrink", "threshold"}
+)
 
 
 class Elementwise(Rule):
@@ -22,8 +27,24 @@ class Elementwise(Rule):
 
     def __init__(self, op: Op, active: frozenset[int]) -> None:
         super().__init__(op, active)
-        self.slope, self.bend = _derivatives(op)
-        self.curved = self.bend is not None
+        self.curved = op.name not in _PIECEWISE_LINEAR
+        self._weight: Tensor | None = None
+        self._slope: Tensor | None = None
+
+    @property
+    def slope(self) -> Tensor:
+        """φ', kept once it was asked for."""
+        if self._slope is None:
+            self._slope = _derivatives(self.op)[0]
+        return self._slope
+
+    def prepare(self) -> None:
+        """See :class:`Rule`."""
+        _ = self.slope
+
+    def keeps(self) -> Iterable[Value]:
+        """See :class:`Rule`."""
+        return ()
 
     def push(self, tangents: Tangents) -> Tensor:
         """See :class:`Rule`."""
@@ -33,17 +54,17 @@ class Elementwise(Rule):
 
     def fold(self, cotangent: Tensor) -> None:
         """See :class:`Rule`."""
-        assert self.bend is not None
-        self._weight = self.bend * cotangent
+        self._slope, bend = _derivatives(self.op)
+        self._weight = None if bend is None else bend * cotangent
 
     def contracted(self, tangents: Tangents, image: Callable[[], Tensor]) -> Tensor | None:
         """See :class:`Rule`."""
         t = self._tangent(tangents, 0)
-        return None if t is None else (self._weight * t).mul_(t)
+        return None if t is None or self._weight is None else (self._weight * t).mul_(t)
 
     def expected(self, spread: Spread) -> Tensor | None:
         """See :class:`Rule`."""
-        return self._weight * spread.variance
+        return None if self._weight is None else self._weight * spread.variance
 
 
 def _kind(op: Op) -> Kind | None:

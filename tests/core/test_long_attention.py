@@ -103,7 +103,8 @@ def drawn(name: str, monkeypatch: pytest.MonkeyPatch, *, long: bool) -> list[Ten
     chunk = linearize(model, x, parameters, *sample_axes(model, x, parameters))
     assert any(op.name == "attention" for op in chunk.tape.ops) == long
     r = torch.randn(chunk.output.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    ways = Sites(chunk, r, local=False), Twice(chunk, r)
+    other = linearize(model, x, parameters, *sample_axes(model, x, parameters))
+    ways = Sites(chunk, r, local=False), Twice(other, r)  # Sites lets go of a chunk's values
     for module in (sites, double_backward):
         monkeypatch.setattr(module, "Draws", Keyed)
     found = []
