@@ -45,9 +45,8 @@ class Value:
     """The parameter's name, for a parameter."""
 
     def let_go(self) -> None:
-        """Leave shape and dtype only, and no graph."""
+        """Leave shape and dtype only."""
         self.tensor = torch.empty_like(self.tensor, device="meta")
-        self.edge = None
 
 
 @dataclass(eq=False)
@@ -100,6 +99,8 @@ class Tape:
     """Indices of values that left the tape as Python numbers."""
     target: Any = None
     """What ``forward`` gave beside the output."""
+    bytes: int | None = None
+    """Of its values, once they were let go."""
 
     @property
     def final(self) -> Value:

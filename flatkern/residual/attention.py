@@ -25,6 +25,10 @@ class Attention(Rule):
         self.curved = any(self._is_active(place) for place in (0, 1, 3))  # else it is linear in v
         self._image: tuple[tuple[Tensor | None, ...], Tensor] | None = None
 
+    def reads(self) -> Iterable[Value]:
+        """See :class:`Rule`."""
+        return self.op.inputs
+
     def prepare(self) -> None:
         """See :class:`Rule`."""
         _ = self._linearized

@@ -38,6 +38,10 @@ class Elementwise(Rule):
             self._slope = _derivatives(self.op)[0]
         return self._slope
 
+    def reads(self) -> Iterable[Value]:
+        """See :class:`Rule`."""
+        return (self.op.output,) if self.op.name in _BY_OUTPUT else (self.op.args[0], self.op.output)
+
     def prepare(self) -> None:
         """See :class:`Rule`."""
         _ = self.slope
@@ -67,6 +71,10 @@ class Elementwise(Rule):
         return None if self._weight is None else self._weight * spread.variance
 
 
+_BY_OUTPUT = frozenset({"sigmoid", "tanh"})
+"""Derivatives in terms of y, which autograd keeps as well."""
+
+
 def _kind(op: Op) -> Kind | None:
     """The kernel's name of an activation that has one and no parameters."""
     if op.args[0].tensor.dtype not in DTYPES:
@@ -74,22 +82,21 @@ def _kind(op: Op) -> Kind | None:
     if op.name == "gelu":
         form = op.kwargs.get("approximate", op.args[1] if len(op.args) > 1 else "none")
         return "gelu" if form == "none" else "gelu_tanh"
-    kinds: dict[str, Kind] = {"silu": "silu", "tanh": "tanh", "sigmoid": "sigmoid"}
-    return kinds.get(op.name)
+    return "silu" if op.name == "silu" else None
 
 
 def _derivatives(op: Op) -> tuple[Tensor, Tensor | None]:
     """φ' and φ'' at the operation's input; ``None`` for φ'' = 0."""
     z, y = op.args[0].tensor, op.output.tensor
-    kind = _kind(op)
-    if kind is not None:
-        return kernels.activation_derivatives(z, kind)[1:]
     if op.name == "tanh":
         slope = 1 - y.square()
         return slope, (slope * y).mul_(-2)
     if op.name == "sigmoid":
         slope = y * (1 - y)
         return slope, slope * (1 - 2 * y)
+    kind = _kind(op)
+    if kind is not None:
+        return kernels.activation_derivatives(z, kind)[1:]
     if op.name == "silu":
         s = torch.sigmoid(z)
         rise = s * (1 - s)

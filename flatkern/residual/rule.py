@@ -53,6 +53,10 @@ class Rule(ABC):
         """The tangents of all outputs, where there are several."""
         return (self.push(tangents),)
 
+    def reads(self) -> Iterable[Value]:
+        """Values whose tensors :meth:`fold` and :meth:`prepare` read, beside those of :meth:`keeps`."""
+        return ()
+
     def prepare(self) -> None:  # noqa: B027 (most have nothing to form)
         """Form what the products need of the values, so that only those of :meth:`keeps` need stay."""
 

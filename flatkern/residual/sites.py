@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -52,17 +52,31 @@ class Sites:
             if entry is not None and active and isinstance(rule, Elementwise):
                 raise UnsupportedError(f"{op.name} of a parameter")
             self._steps.append(_Step(op, rule, entry))
+        parts = [part for s in self._steps for part in (s.rule, s.entry) if part is not None]
+        kept = {v.index for part in parts for v in part.keeps()}
+        if all(
+            s.op.output.index in chunk.axes for s in self._steps if s.curved
+        ):  # nothing more can be refused
+            read = {v.index for s in self._steps if s.rule is not None for v in s.rule.reads()}
+            self._let_go(chunk.tape.values, kept | read)
         self._cotangents(chunk, residual)
         self._constant = torch.zeros(self._n, dtype=torch.float64, device=self._like.device)
-        chunk.output = torch.empty_like(chunk.output, device="meta")
-        self._close(local, chunk)
+        self._close(local, chunk, kept)
         self._plan()
+
+    @staticmethod
+    def _let_go(values: Iterable[Value], kept: set[int]) -> None:
+        for value in values:
+            if value.parameter is None and value.index not in kept:
+                value.let_go()
 
     def _cotangents(self, chunk: Chunk, residual: Tensor) -> None:
         curved = [s for s in self._steps if s.curved and s.op.output.edge is not None]
         edges = [s.op.output.edge for s in curved if s.op.output.edge is not None]
-        if edges and chunk.output.grad_fn is not None:
-            found = torch.autograd.grad(chunk.output, edges, residual, allow_unused=True)
+        root = chunk.tape.final.edge
+        chunk.output = torch.empty_like(chunk.output, device="meta")
+        if edges and root is not None:
+            found = torch.autograd.grad(root, edges, residual, allow_unused=True)
             g: Tensor | None
             for step, g in zip(curved, found, strict=True):
                 step.axis = chunk.axes.get(step.op.output.index)
@@ -72,11 +86,11 @@ class Sites:
                     g = None
                 step.cotangent, step.site = g, g is not None
 
-    def _close(self, local: bool, chunk: Chunk) -> None:
+    def _close(self, local: bool, chunk: Chunk, kept: set[int]) -> None:
         """Forwards: which changes reach what, and at each site those whose part has a closed form."""
         spreads = Spreads()
         self._reach = spreads.reach
-        spare = self._spare(chunk)
+        read_last = self._read_last(chunk)
         for place, step in enumerate(self._steps):
             rule = step.rule
             if rule is not None and step.site and rule.curved:
@@ -90,26 +104,19 @@ class Sites:
                 rule.prepare()
             step.bit = 0 if step.entry is None else 1 << place
             spreads.advance(step.op, rule, step.entry, step.bit)
-            for value in spare[place]:
-                value.let_go()
+            for value in read_last[place]:
+                spreads.forget(value.index)
+            self._let_go(read_last[place], kept)
 
-    def _spare(self, chunk: Chunk) -> list[list[Value]]:
-        """For every step the values that nothing reads after it."""
-        kept = {
-            v.index
-            for s in self._steps
-            for part in (s.rule, s.entry)
-            if part is not None
-            for v in part.keeps()
-        }
+    def _read_last(self, chunk: Chunk) -> list[list[Value]]:
+        """For every step the values that no later one has to do with."""
         last: dict[int, int] = {}
         for place, step in enumerate(self._steps):
             last.update((v.index, place) for v in (*step.op.inputs, *step.op.outputs) if v is not None)
-        spare: list[list[Value]] = [[] for _ in self._steps]
+        found: list[list[Value]] = [[] for _ in self._steps]
         for value in chunk.tape.values if self._steps else ():
-            if value.parameter is None and value.index not in kept:
-                spare[last.get(value.index, 0)].append(value)
-        return spare
+            found[last.get(value.index, 0)].append(value)
+        return found
 
     def _close_at(self, step: _Step, rule: Rule, spreads: Spreads) -> None:
         source = step.op.inputs[0].index
