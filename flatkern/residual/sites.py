@@ -54,18 +54,18 @@ class Sites:
             self._steps.append(_Step(op, rule, entry))
         parts = [part for s in self._steps for part in (s.rule, s.entry) if part is not None]
         kept = {v.index for part in parts for v in part.keeps()}
-        if all(
-            s.op.output.index in chunk.axes for s in self._steps if s.curved
-        ):  # nothing more can be refused
+        if all(s.op.output.index in chunk.axes for s in self._steps if s.curved):
+            # nothing more can be refused
             read = {v.index for s in self._steps if s.rule is not None for v in s.rule.reads()}
-            self._let_go(chunk.tape.values, kept | read)
+            self._let_go(chunk, chunk.tape.values, kept | read)
         self._cotangents(chunk, residual)
         self._constant = torch.zeros(self._n, dtype=torch.float64, device=self._like.device)
         self._close(local, chunk, kept)
         self._plan()
 
     @staticmethod
-    def _let_go(values: Iterable[Value], kept: set[int]) -> None:
+    def _let_go(chunk: Chunk, values: Iterable[Value], kept: set[int]) -> None:
+        chunk.output = torch.empty_like(chunk.output, device="meta")
         for value in values:
             if value.parameter is None and value.index not in kept:
                 value.let_go()
@@ -74,7 +74,6 @@ class Sites:
         curved = [s for s in self._steps if s.curved and s.op.output.edge is not None]
         edges = [s.op.output.edge for s in curved if s.op.output.edge is not None]
         root = chunk.tape.final.edge
-        chunk.output = torch.empty_like(chunk.output, device="meta")
         if edges and root is not None:
             found = torch.autograd.grad(root, edges, residual, allow_unused=True)
             g: Tensor | None
@@ -106,7 +105,7 @@ class Sites:
             spreads.advance(step.op, rule, step.entry, step.bit)
             for value in read_last[place]:
                 spreads.forget(value.index)
-            self._let_go(read_last[place], kept)
+            self._let_go(chunk, read_last[place], kept)
 
     def _read_last(self, chunk: Chunk) -> list[list[Value]]:
         """For every step the values that no later one has to do with."""
