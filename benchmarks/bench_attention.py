@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.timing import alternate, save
+from flatkern.attention_form import LEAST_CAUSAL_WEIGHTS, LEAST_WEIGHTS
 from flatkern.kernels import attention
-from flatkern.operators.attention_form import LEAST_CAUSAL_WEIGHTS, LEAST_WEIGHTS
 from flatkern.operators.graph_memory import graph_bytes
 
 HEADS, WIDTH = 4, 64

@@ -14,12 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
 from flatkern.graph import in_order
+from flatkern.kernels._attention_autograd import is_attention
 from flatkern.tape import Tape
 
-__all__ = ["Degree", "degrees", "hidden_parameters"]
+__all__ = ["Degree", "custom_function", "degrees", "hidden_parameters"]
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,8 @@ def _combine(node: Node, inputs: list[_Masks]) -> _Masks:
         spoiled |= lost
     if not reached:
         return 0, 0
+    if isinstance(node, BackwardCFunction) and not is_attention(node):
+        return reached, reached  # its name may be that of a known operation
     name = _operation(node)
     if name in _KEEP:
         return reached, spoiled
@@ -181,7 +185,7 @@ def _spoiled_by(node: Node, name: str, inputs: list[_Masks], reached: int) -> in
         return have(0)
     if name in _BATCH_NORMS and getattr(node, "_saved_training", True) is False:
         return _twice([have(0), have(1)])
-    if name.startswith(_ATTENTION):
+    if name.startswith(_ATTENTION) or is_attention(node):
         return have(0) | have(1) | (reached & ~(have(0) | have(1) | have(2)))
     if name == "EmbeddingBag":
         return _twice([have(0), have(1)])
@@ -194,6 +198,17 @@ def _twice(factors: list[int]) -> int:
         both |= once & mask
         once |= mask
     return both
+
+
+def custom_function(output: Tensor) -> str:
+    """The first custom ``autograd.Function`` in the graph, whose derivatives its operations do not tell; or ``""``.
+
+    Attention by query blocks is known.
+    """
+    for node in in_order(output.grad_fn):
+        if isinstance(node, BackwardCFunction) and not is_attention(node):
+            return f"the custom autograd function {node.name()}"
+    return ""
 
 
 def hidden_parameters(tape: Tape) -> dict[str, str]:

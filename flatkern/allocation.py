@@ -40,7 +40,7 @@ class AllocationMeter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         given: set[int] | None = None
         for tensor in tree_leaves(out):
-            if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
                 continue
             storage = tensor.untyped_storage()
             key = storage._cdata

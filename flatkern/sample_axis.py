@@ -48,9 +48,16 @@ class SampleAxis:
         """Sums over everything but the samples, float64 [n]."""
         return self.rows(tensor).reshape(self.n, -1).sum(1).double()
 
+    def dot(self, left: Tensor, right: Tensor) -> Tensor:
+        """:meth:`total` of the product of two tensors, which is not formed."""
+        rows = (self.rows(t).reshape(self.n, -1) for t in (left, right))
+        return torch.linalg.vecdot(*rows).double()
+
 
 def footprint(tape: Tape) -> int:
     """Bytes of all values of a run but parameters; views are no bytes of their own."""
+    if tape.bytes is not None:
+        return tape.bytes
     owned = {v.tensor.untyped_storage().data_ptr() for v in tape.values if v.parameter is not None}
     storages = {(s := v.tensor.untyped_storage()).data_ptr(): s.nbytes() for v in tape.values}
     return sum(size for place, size in storages.items() if place not in owned)
@@ -70,30 +77,38 @@ def sample_axes(
     there is nothing to find; nothing is looked for either where ``wanted`` says no of the run's tape.
 
     Returns:
-        The small run's tape, and (axis, innermost) by index of the value; values are absent that no axis fits.
+        The small run's tape, its values let go, and (axis, innermost) by index of the value; those that no axis fits
+        are absent.
     """
     m = min(few, count_samples(x))
     with preserve_state(model):
         tape, output = record(model, take(x, slice(0, m)), parameters, forward)
-    found: dict[int, tuple[int, bool]] = {}
-    if not wanted(tape):
-        return tape, found
+    found = _places(tape, output, m) if wanted(tape) else {}
+    tape.bytes = footprint(tape)
+    for value in tape.values:
+        value.let_go()
+        value.edge = None
+    return tape, found
+
+
+def _places(tape: Tape, output: Tensor, m: int) -> dict[int, tuple[int, bool]]:
     values = [v for v in tape.values if v.edge is not None]
     if output.grad_fn is None or not values:
-        return tape, found
+        return {}
+    if m == 1:  # everything is its own
+        return {v.index: (0, False) for v in values if v.tensor.ndim}
     generator = torch.Generator().manual_seed(0)
     root = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
     weights = 2.0 ** torch.arange(m, dtype=output.dtype, device=output.device)
     scaled = root * weights.reshape(m, *[1] * (output.ndim - 1))
-    if m == 1:  # everything is its own
-        return tape, {v.index: (0, False) for v in values if v.tensor.ndim}
     plain, other = (_cotangents(output, values, r) for r in (root, scaled))
+    found: dict[int, tuple[int, bool]] = {}
     for value, g, h in zip(values, plain, other, strict=True):
         if g is not None and h is not None:
             place = _axis(g, h, weights)
             if place is not None:
                 found[value.index] = place
-    return tape, found
+    return found
 
 
 def _cotangents(output: Tensor, values: Sequence[Value], root: Tensor) -> tuple[Tensor | None, ...]:

@@ -16,7 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from flatkern import kernels
+from flatkern.attention_form import attention_forms
 
 __all__ = ["Op", "Recorder", "Tape", "UnsupportedError", "Value", "record", "substitute"]
 
@@ -31,7 +35,7 @@ class Value:
 
     index: int
     tensor: Tensor
-    """Detached; shares its storage with the model's own until that is written to."""
+    """Detached; shares its storage with the model's own until that is written to. Without data once let go."""
     version: int | None = None
     edge: GradientEdge | None = None
     """Its place in the autograd graph; ``None`` for leaves and constants."""
@@ -40,10 +44,14 @@ class Value:
     parameter: str | None = None
     """The parameter's name, for a parameter."""
 
+    def let_go(self) -> None:
+        """Leave shape and dtype only."""
+        self.tensor = torch.empty_like(self.tensor, device="meta")
+
 
 @dataclass(eq=False)
 class Op:
-    """One operation. ``args`` holds :class:`Value` in the places of tensors."""
+    """One operation of ATen, or attention as a whole. ``args`` holds :class:`Value` in the places of tensors."""
 
     func: Any
     args: tuple[Any, ...]
@@ -54,7 +62,7 @@ class Op:
     @property
     def name(self) -> str:
         """``"addmm"``, ``"gelu"``, ...: without overload and the mark of in-place operations."""
-        name: str = self.func.overloadpacket.__name__
+        name: str = getattr(self.func, "overloadpacket", self.func).__name__
         return name[:-1] if self.in_place else name
 
     @cached_property
@@ -91,6 +99,8 @@ class Tape:
     """Indices of values that left the tape as Python numbers."""
     target: Any = None
     """What ``forward`` gave beside the output."""
+    bytes: int | None = None
+    """Of its values, once they were let go."""
 
     @property
     def final(self) -> Value:
@@ -133,6 +143,7 @@ class Recorder(TorchDispatchMode):
         self._current: dict[int, Value] = {}
         self._kept: list[Tensor] = []  # ids are those of living objects only
         self._unsettled: list[tuple[Value, Tensor]] = []
+        self._off = False
 
     def value_of(self, tensor: Tensor) -> Value:
         """The value a tensor holds now."""
@@ -179,6 +190,8 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         """Run the operation and note it."""
         kwargs = dict(kwargs or {})
+        if self._off:
+            return func(*args, **kwargs)
         noted, noted_kwargs = self._arguments(args), self._arguments(kwargs)
         places = [
             (args[i] if i < len(args) else kwargs.get(a.name))
@@ -204,6 +217,17 @@ class Recorder(TorchDispatchMode):
         self.tape.ops.append(Op(func, noted, noted_kwargs, tuple(outputs), in_place))
         return result
 
+    def attention(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Attention by query blocks, noted as one operation: its weights T × T are on no tape."""
+        self._off = True
+        try:
+            noted = self._arguments(args), self._arguments(kwargs)
+            result = kernels.attention(*args, **kwargs)
+            self.tape.ops.append(Op(kernels.attention, *noted, (self._new(result),), False))
+        finally:
+            self._off = False
+        return result
+
     def finish(self, output: Tensor) -> Tape:
         """Edges of values that nothing used, and the output."""
         self.tape.output = self.value_of(output)
@@ -215,6 +239,24 @@ class Recorder(TorchDispatchMode):
             if self._current.get(id(tensor)) is value:
                 _settle(value, tensor)
         self._unsettled.clear()
+
+
+class _LongAttention(TorchFunctionMode):
+    """Sends attention over long sequences to a recorder."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._forms = attention_forms(recorder.attention)
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """The recorder's form of attention, and every other function itself."""
+        return self._forms.get(func, func)(*args, **(kwargs or {}))
 
 
 def _settle(value: Value, tensor: Tensor) -> None:
@@ -263,6 +305,7 @@ def record(
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.enter_context(recorder)
+        stack.enter_context(_LongAttention(recorder))
         if forward is None:
             output = model(value)
         else:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from flatkern.affine import degrees, hidden_parameters
+from flatkern.affine import custom_function, degrees, hidden_parameters
 from flatkern.linearize import Forward
 from flatkern.losses import Loss
 from flatkern.problem import preserve_state
@@ -60,7 +60,7 @@ def not_affine(
             part = take(inputs, slice(start, start + size))
             try:
                 tape, output = _recorded(model, part, parameters, forward)
-                reason = _unknown_gradients(output)
+                reason = custom_function(output)
             except UnsupportedError as error:
                 reason = f"the run cannot be followed: {error}"
             if reason:
@@ -81,14 +81,6 @@ def _recorded(
         if forward is None:
             return record(model, part, parameters)
         return record(_Bound(model, part, forward), torch.zeros(1), parameters)
-
-
-def _unknown_gradients(output: Tensor) -> str:
-    # a custom function's name may be that of a known operation
-    for node in _below(output.grad_fn):
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            return f"the custom autograd function {node.name()}"
-    return ""
 
 
 def _below(root: Node | None) -> list[Node]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._attention_autograd import attention as blocked
-from ._attention_layout import Form
+from ._attention_layout import Form, as_matrices, batch_shape, mask_rows, one_batch, shared_heads
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -73,7 +73,7 @@ def attention(
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         attn_mask = attn_mask.to(query.dtype)
     if enable_gqa:
-        key, value = _shared(key, query), _shared(value, query)
+        key, value = shared_heads(key, query), shared_heads(value, query)
     with torch.autocast(kind, enabled=False):
         return _canonical(query, key, value, attn_mask, is_causal, scale).to(dtype)
 
@@ -82,45 +82,22 @@ def _canonical(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None
 ) -> Tensor:
     """With one batch dimension."""
-    lead = mask.shape[:-2] if mask is not None else ()
-    try:
-        batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2], lead)
-    except RuntimeError as error:
-        raise ValueError(
-            f"attention: batch dimensions do not broadcast: query {tuple(query.shape)}, key {tuple(key.shape)}, value "
-            f"{tuple(value.shape)}, attn_mask {None if mask is None else tuple(mask.shape)}"
-        ) from error
-    scale = 1 / math.sqrt(max(1, query.shape[-1])) if scale is None else float(scale)
-    entries, queries, keys, width = math.prod(batch), query.shape[-2], key.shape[-2], value.shape[-1]
-    if not (entries and queries and keys and width and query.shape[-1]):
+    batch = batch_shape(query, key, value, mask)
+    if not (math.prod(batch) and query.numel() and key.numel() and value.numel()):
         # nothing to sum: zeros, or scores that are all equal
         return torch.softmax(query @ key.mT + (0.0 if mask is None else _as_scores(mask, query)), -1) @ value
-    flat = [t.expand(*batch, *t.shape[-2:]).reshape(entries, *t.shape[-2:]) for t in (query, key, value)]
-    rows: tuple[int, ...] = ()
-    if mask is not None:
-        mask = mask[(None,) * max(0, 2 - mask.dim())]
-        lead = mask.shape[:-2]
-        index = torch.arange(math.prod(lead)).reshape(lead).expand(batch)
-        rows = tuple(index.reshape(-1).tolist())
-        mask = mask.reshape(-1, *mask.shape[-2:])
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    flat = [one_batch(t, batch) for t in (query, key, value)]
+    rows = () if mask is None else mask_rows(mask, batch)
+    mask = None if mask is None else as_matrices(mask)
     out = blocked(flat[0], flat[1], flat[2], mask, Form(scale, causal, rows))
-    return out.reshape(*batch, queries, width)
+    return out.reshape(*batch, *out.shape[1:])
 
 
 def _as_scores(mask: Tensor, query: Tensor) -> Tensor:
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(~mask, -torch.inf)
-
-
-def _shared(t: Tensor, query: Tensor) -> Tensor:
-    """Each head of t [..., h, L, d] as often as the query's heads ask for."""
-    heads, wanted = t.shape[-3], query.shape[-3]
-    if heads == 0 or wanted % heads:
-        raise ValueError(
-            f"attention: enable_gqa needs a multiple of the heads of key and value in query, got {wanted} and {heads}"
-        )
-    return t.unsqueeze(-3).expand(*t.shape[:-3], heads, wanted // heads, *t.shape[-2:]).flatten(-4, -3)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> None:

@@ -252,3 +252,8 @@ def _second(*inputs: Any) -> Any:
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, form: Form) -> Tensor:
     """O [B, Lq, e] of q [B, Lq, d], k [B, Lk, d], v [B, Lk, e] and a mask [M, Lq or 1, Lk or 1]."""
     return _attention(q, k, v, mask, form)[0]
+
+
+def is_attention(node: Any) -> bool:
+    """Whether a node of the autograd graph is that of :func:`attention`, its inputs q, k, v and mask."""
+    return getattr(node, "_forward_cls", None) is _Attention

@@ -10,6 +10,7 @@ P = softmax(S), whose row statistics the forward pass keeps, a dot is a derivati
     Ṗ   = P ∘ (Ṡ − μ),  μ = rowsum(P ∘ Ṡ)                  Ȯ = (P ∘ Ṡ) v + P v̇ − μ ∘ O
     dṠ  = Ṗ ∘ E + P ∘ F,  F = g v̇ᵀ + ġ vᵀ − rowsum(g ∘ Ȯ + ġ ∘ O)
     dq˙ = scale (dṠ k + dS k̇), dk˙ = scale (dṠᵀ q + dSᵀ q̇), dv˙ = Ṗᵀ g + Pᵀ ġ
+    ⟨g, Ö⟩ = Σ E ∘ P ∘ ((Ṡ − μ)² + 2 scale q̇ k̇ᵀ) + 2 Σ Ṗ ∘ (g v̇ᵀ)
 
 Row constants enter as one more column of a product: E, F and log₂ P come out of it finished. Gradients in k and v
 are summed transposed, [B, d, Lk], where the products are faster.
@@ -145,6 +146,48 @@ def second(
             if need_mask:
                 blocks.add_to_mask(sums.mask, ds_dot, b, i, n)
     return image, *sums.result(form.scale)
+
+
+def jet(
+    saved: Saved,
+    g: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    dmask: Tensor | None,
+    form: Form,
+) -> tuple[Tensor, Tensor]:
+    """Ȯ, and ⟨g, Ö⟩ along the straight line (q̇, k̇, v̇, ṁask) for every query, [B, Lq]."""
+    image = torch.empty_like(saved.out)
+    bent = saved.out.new_zeros(saved.out.shape[:2])
+    blocks = Blocks(saved.q, saved.k, saved.mask, form, buffers=4)
+    for b in blocks.chunks():
+        weights, scores = Weights(blocks, saved, b), Scores(blocks, saved, b, dq, dk)
+        left, right = _centred(saved, g, b)
+        curved = None if dq is None or dk is None else (dq[b] * (2 * form.scale), dk[b])
+        for i, n in blocks.queries():
+            p = weights.block(i, n, 0)
+            x = scores.block(i, n, 1, dmask)
+            o = image[b, i]
+            if x is None:
+                o.zero_()
+            else:
+                moved = torch.mul(p, x, out=blocks.buffer(2, b, i, n))
+                mean = moved.sum(-1, keepdim=True)
+                moved.addcmul_(p, mean, value=-1)  # Ṗ
+                torch.bmm(moved, saved.v[b, :n], out=o)
+                x.sub_(mean).mul_(moved)  # P ∘ (Ṡ − μ)²
+                if curved is not None:
+                    s = torch.bmm(curved[0][:, i], curved[1][:, :n].mT, out=blocks.buffer(3, b, i, n))
+                    x.addcmul_(p, s)
+                e = torch.bmm(left[:, i], right[:, :n].mT, out=blocks.buffer(3, b, i, n))
+                bent[b, i] = x.mul_(e).sum(-1)
+                if dv is not None:
+                    f = torch.bmm(g[b, i], dv[b, :n].mT, out=blocks.buffer(3, b, i, n))
+                    bent[b, i].add_(moved.mul_(f).sum(-1), alpha=2)
+            if dv is not None:
+                o.baddbmm_(p, dv[b, :n])
+    return image, bent
 
 
 def _tangent_block(

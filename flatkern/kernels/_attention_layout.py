@@ -41,6 +41,45 @@ class Saved:
     out: Tensor
 
 
+def batch_shape(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> torch.Size:
+    """The batch dimensions, broadcast."""
+    lead = () if mask is None else mask.shape[:-2]
+    try:
+        return torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2], lead)
+    except RuntimeError as error:
+        raise ValueError(
+            f"attention: batch dimensions do not broadcast: query {tuple(query.shape)}, key {tuple(key.shape)}, value "
+            f"{tuple(value.shape)}, attn_mask {None if mask is None else tuple(mask.shape)}"
+        ) from error
+
+
+def one_batch(t: Tensor, batch: torch.Size) -> Tensor:
+    """[..., L, d] → [B, L, d]."""
+    return t.expand(*batch, *t.shape[-2:]).reshape(math.prod(batch), *t.shape[-2:])
+
+
+def as_matrices(mask: Tensor) -> Tensor:
+    """A mask as [M, Lq or 1, Lk or 1]."""
+    mask = mask[(None,) * max(0, 2 - mask.dim())]
+    return mask.reshape(-1, *mask.shape[-2:])
+
+
+def mask_rows(mask: Tensor, batch: torch.Size) -> tuple[int, ...]:
+    """Which of these matrices each batch entry has."""
+    lead = mask.shape[:-2]
+    return tuple(torch.arange(math.prod(lead)).reshape(lead).expand(batch).reshape(-1).tolist())
+
+
+def shared_heads(t: Tensor, query: Tensor) -> Tensor:
+    """Each head of t [..., h, L, d] as often as the query's heads ask for."""
+    heads, wanted = t.shape[-3], query.shape[-3]
+    if heads == 0 or wanted % heads:
+        raise ValueError(
+            f"attention: enable_gqa needs a multiple of the heads of key and value in query, got {wanted} and {heads}"
+        )
+    return t.unsqueeze(-3).expand(*t.shape[:-3], heads, wanted // heads, *t.shape[-2:]).flatten(-4, -3)
+
+
 class Blocks:
     """How the work is cut, and the buffers of a block."""
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from flatkern.operators.attention_form import ATTENTION_FORMS
+from flatkern import kernels
+from flatkern.attention_form import attention_forms
 
 __all__ = ["Substitutes"]
 
@@ -110,10 +111,14 @@ def _embedding_bag(
     return total / sizes.clamp_min(1).unsqueeze(1)
 
 
+def _attention(*tensors: Tensor | None, **options: Any) -> Tensor:
+    return kernels.attention(*tensors, **options)  # type: ignore[arg-type]
+
+
 _FORMS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch._weight_norm: _weight_norm,
     F.hardsigmoid: _hardsigmoid,
     F.embedding: _embedding,
     F.embedding_bag: _embedding_bag,
-    **ATTENTION_FORMS,
+    **attention_forms(_attention, cpu_only=True),
 }

@@ -8,7 +8,7 @@ with Cov(δz_tc, δz_sd) = [c = d] κ_ts therefore has E δzᵀ∇²φ δz equal
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -49,6 +49,12 @@ class Entry(ABC):
         self.op, self.axis, self.names = op, axis, names
         self.shared = shared
         """Whether one of the parameters has other uses: the same change of it then goes in everywhere."""
+        self.like = op.output.tensor.new_empty(0)
+        """Of the output's dtype and device."""
+
+    def keeps(self) -> Iterable[Value]:
+        """Values whose tensors :meth:`change` and :meth:`variance` read; of the others the shapes."""
+        return self.op.inputs
 
     @abstractmethod
     def change(self, draws: Draws, inputs: Callable[[Value], Tensor], base: Tensor | None = None) -> Tensor:
@@ -69,5 +75,5 @@ class Entry(ABC):
 
     @property
     def output(self) -> Tensor:
-        """The output's value."""
+        """The output's value, or after it was let go a tensor without data."""
         return self.op.output.tensor

@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from flatkern.affine import Degree, degrees, hidden_parameters
+from flatkern.affine import Degree, custom_function, degrees, hidden_parameters
 from flatkern.problem import check_output, preserve_state
 from flatkern.residual.change import Entry
 from flatkern.residual.entries import find_entries
@@ -72,20 +71,7 @@ def linearize(
             axes[index] = SampleAxis(axis, innermost, n)
     verdicts = degrees(output, parameters, hidden_parameters(tape))
     wanted = frozenset(name for name, degree in verdicts.items() if not degree.proven)
-    _check_nodes(tape)
+    if custom := custom_function(output):
+        raise UnsupportedError(custom)
     entries, refused = find_entries(tape, wanted, axes)
     return Chunk(tape, output, axes, verdicts, entries, refused)
-
-
-def _check_nodes(tape: Tape) -> None:
-    # a custom autograd.Function has derivatives of its own, which its operations on the tape do not tell
-    seen = set()
-    stack = [tape.final.edge.node] if tape.final.edge is not None else []
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            raise UnsupportedError(f"the custom autograd function {node.name()}")
-        stack += [n for n, _ in node.next_functions if n is not None]

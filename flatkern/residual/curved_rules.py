@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -25,6 +25,14 @@ class Product(Rule):
         self._scale = op.kwargs.get("alpha", 1)
         if op.name == "convolution":
             self._both = self.curved = False
+
+    def keeps(self) -> Iterable[Value]:
+        """See :class:`Rule`."""
+        p, q = self._places
+        pairs = ((p, q), (q, p))  # each factor where the other has a tangent
+        return (
+            v for own, other in pairs if self._is_active(other) and isinstance(v := self.op.args[own], Value)
+        )
 
     def _times(self, a: Tensor, b: Tensor) -> Tensor:
         name = self.op.name
@@ -111,6 +119,10 @@ class Softmax(Rule):
         self._dim: int = op.args[1]
         self._p = op.output.tensor.exp() if self._log else op.output.tensor
 
+    def keeps(self) -> Iterable[Value]:
+        """See :class:`Rule`."""
+        return ()  # it holds what it reads
+
     def _centred(self, tangents: Tangents) -> Tensor:
         t = self._tangent(tangents, 0)
         assert t is not None
@@ -157,6 +169,10 @@ class Normalized(Rule):
             self._gamma = None if gamma is None else gamma.tensor.reshape(-1, *[1] * (x.ndim - 2))
         self._rows = x.reshape(-1, size)  # what is normalized together
         self._unit, self._mean, self._inverse = torch.native_layer_norm(self._rows, [size], None, None, eps)
+
+    def keeps(self) -> Iterable[Value]:
+        """See :class:`Rule`."""
+        return ()  # it holds what it reads
 
     def _image(self, t: Tensor) -> Tensor:
         """w for the rows ẋ: the Jacobian is symmetric, so torch's own backward pass of the normalization gives it."""

@@ -20,6 +20,7 @@ class Twice:
     exact = False
 
     def __init__(self, chunk: Chunk, residual: Tensor) -> None:
+        assert not chunk.output.is_meta, "the chunk's values were let go"
         self._chunk, self._residual = chunk, residual
         self._n = len(chunk.output)
         self._ops, self._reached = chunk.active_ops

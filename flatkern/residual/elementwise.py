@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -12,9 +12,14 @@ from flatkern import kernels
 from flatkern.kernels._activation_forms import Kind
 from flatkern.kernels._jet_operator import DTYPES
 from flatkern.residual.rule import Rule, Spread, Tangents
-from flatkern.tape import Op
+from flatkern.tape import Op, Value
 
 __all__ = ["Elementwise"]
+
+_PIECEWISE_LINEAR = frozenset(
+    {"abs", "clamp", "clamp_max", "clamp_min", "hardshrink", "hardsigmoid", "hardtanh", "leaky_relu", "relu"}
+    | {"softshrink", "threshold"}
+)
 
 
 class Elementwise(Rule):
@@ -22,8 +27,28 @@ class Elementwise(Rule):
 
     def __init__(self, op: Op, active: frozenset[int]) -> None:
         super().__init__(op, active)
-        self.slope, self.bend = _derivatives(op)
-        self.curved = self.bend is not None
+        self.curved = op.name not in _PIECEWISE_LINEAR
+        self._weight: Tensor | None = None
+        self._slope: Tensor | None = None
+
+    @property
+    def slope(self) -> Tensor:
+        """φ', kept once it was asked for."""
+        if self._slope is None:
+            self._slope = _derivatives(self.op)[0]
+        return self._slope
+
+    def reads(self) -> Iterable[Value]:
+        """See :class:`Rule`."""
+        return (self.op.output,) if self.op.name in _BY_OUTPUT else (self.op.args[0], self.op.output)
+
+    def prepare(self) -> None:
+        """See :class:`Rule`."""
+        _ = self.slope
+
+    def keeps(self) -> Iterable[Value]:
+        """See :class:`Rule`."""
+        return ()
 
     def push(self, tangents: Tangents) -> Tensor:
         """See :class:`Rule`."""
@@ -33,17 +58,21 @@ class Elementwise(Rule):
 
     def fold(self, cotangent: Tensor) -> None:
         """See :class:`Rule`."""
-        assert self.bend is not None
-        self._weight = self.bend * cotangent
+        self._slope, bend = _derivatives(self.op)
+        self._weight = None if bend is None else bend * cotangent
 
     def contracted(self, tangents: Tangents, image: Callable[[], Tensor]) -> Tensor | None:
         """See :class:`Rule`."""
         t = self._tangent(tangents, 0)
-        return None if t is None else (self._weight * t).mul_(t)
+        return None if t is None or self._weight is None else (self._weight * t).mul_(t)
 
     def expected(self, spread: Spread) -> Tensor | None:
         """See :class:`Rule`."""
-        return self._weight * spread.variance
+        return None if self._weight is None else self._weight * spread.variance
+
+
+_BY_OUTPUT = frozenset({"sigmoid", "tanh"})
+"""Derivatives in terms of y, which autograd keeps as well."""
 
 
 def _kind(op: Op) -> Kind | None:
@@ -53,22 +82,21 @@ def _kind(op: Op) -> Kind | None:
     if op.name == "gelu":
         form = op.kwargs.get("approximate", op.args[1] if len(op.args) > 1 else "none")
         return "gelu" if form == "none" else "gelu_tanh"
-    kinds: dict[str, Kind] = {"silu": "silu", "tanh": "tanh", "sigmoid": "sigmoid"}
-    return kinds.get(op.name)
+    return "silu" if op.name == "silu" else None
 
 
 def _derivatives(op: Op) -> tuple[Tensor, Tensor | None]:
     """φ' and φ'' at the operation's input; ``None`` for φ'' = 0."""
     z, y = op.args[0].tensor, op.output.tensor
-    kind = _kind(op)
-    if kind is not None:
-        return kernels.activation_derivatives(z, kind)[1:]
     if op.name == "tanh":
         slope = 1 - y.square()
         return slope, (slope * y).mul_(-2)
     if op.name == "sigmoid":
         slope = y * (1 - y)
         return slope, slope * (1 - 2 * y)
+    kind = _kind(op)
+    if kind is not None:
+        return kernels.activation_derivatives(z, kind)[1:]
     if op.name == "silu":
         s = torch.sigmoid(z)
         rise = s * (1 - s)

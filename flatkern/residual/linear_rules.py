@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,14 @@ __all__ = ["Choose", "Fill", "FixedStatistics", "Linear", "Pick", "Sum"]
 class Linear(Rule):
     """Operations linear in all their active inputs together: the operation itself, constants replaced by 0."""
 
+    def __init__(self, op: Op, active: frozenset[int]) -> None:
+        super().__init__(op, active)
+        self._device = op.output.tensor.device
+
+    def keeps(self) -> Iterable[Value]:
+        """See :class:`Rule`."""
+        return (v for v in self.op.inputs if v.index not in self.active)
+
     def push(self, tangents: Tangents) -> Tensor:
         """See :class:`Rule`."""
         return self.push_all(tangents)[0]
@@ -24,12 +34,16 @@ class Linear(Rule):
 
     def _constant(self, value: Value) -> Tensor:
         if value.tensor.is_floating_point() and self.op.name in ("cat", "stack", "where"):
-            return torch.zeros_like(value.tensor)
+            return torch.zeros_like(value.tensor, device=self._device)
         return value.tensor
 
 
 class Sum(Rule):
     """add and sub with their factor α."""
+
+    def keeps(self) -> Iterable[Value]:
+        """See :class:`Rule`."""
+        return ()
 
     def push(self, tangents: Tangents) -> Tensor:
         """See :class:`Rule`."""
@@ -46,6 +60,10 @@ class Sum(Rule):
 class Fill(Rule):
     """Padding and masks put a constant in places."""
 
+    def keeps(self) -> Iterable[Value]:
+        """See :class:`Rule`."""
+        return self.op.inputs[1:]
+
     def push(self, tangents: Tangents) -> Tensor:
         """See :class:`Rule`."""
         if self.op.name == "constant_pad_nd":
@@ -60,6 +78,10 @@ class Fill(Rule):
 
 class Pick(Rule):
     """Maxima: the entries at the indices found."""
+
+    def keeps(self) -> Iterable[Value]:
+        """See :class:`Rule`."""
+        return (v for v in self.op.outputs[1:] if v is not None)
 
     def push(self, tangents: Tangents) -> Tensor:
         """See :class:`Rule`."""
@@ -100,6 +122,10 @@ class FixedStatistics(Rule):
         gamma, variance, eps = op.args[1], op.args[4].tensor, op.args[7]
         self.factor = (variance + eps).rsqrt() * (1 if gamma is None else gamma.tensor)
         self.factor = self.factor.reshape(-1, *[1] * (self._primal(0).ndim - 2))
+
+    def keeps(self) -> Iterable[Value]:
+        """See :class:`Rule`."""
+        return ()
 
     def push(self, tangents: Tangents) -> Tensor:
         """See :class:`Rule`."""

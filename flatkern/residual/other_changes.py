@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -31,6 +31,10 @@ class Scaled(Entry):
         if first == 1 and (axis.axis != 0 or len(op.output.tensor) != axis.n):
             raise UnsupportedError("samples folded into other axes")
         self._unit = self._normalize(self._a.tensor)
+
+    def keeps(self) -> Iterable[Value]:
+        """See :class:`Entry`."""
+        return ()  # it holds x̂
 
     def _normalize(self, a: Tensor) -> Tensor:
         args = list(self.op.args)
@@ -89,6 +93,10 @@ class Looked(Entry):
         pairs, where = torch.unique(rows + sample * self._vocabulary, return_inverse=True)
         self._count, self._where, self._rows = len(pairs), where, rows
 
+    def keeps(self) -> Iterable[Value]:
+        """See :class:`Entry`."""
+        return ()
+
     def variance(self) -> Tensor:
         """See :class:`Entry`."""
         return self._kept
@@ -102,7 +110,7 @@ class Looked(Entry):
         """See :class:`Entry`."""
         n = self.axis.n
         if not self.shared:
-            rows = draws.signs((self._name, id(self.op)), (self._count, self._width))[self._where]
+            rows = draws.signs((self._name, self.op.output.index), (self._count, self._width))[self._where]
         else:  # the factors of the other uses: Δ = R^(−1/2) Σ_r v_r u_rᵀ, rows by token
             v = draws.signs((self._name, 0), (n, RANK, self._vocabulary)).mT
             u = draws.signs((self._name, 1), (n, RANK, self._width))
@@ -139,11 +147,16 @@ class Direct(Entry):
         if op.name in ("sub", "rsub") or op.kwargs.get("alpha", 1) != 1:
             raise UnsupportedError("a parameter that is subtracted")
 
+    def keeps(self) -> Iterable[Value]:
+        """See :class:`Entry`."""
+        fixed = [v for view in self._views for v in view.inputs if v is not view.args[0]]
+        return fixed if self.op.name != "mul" or self._other is None else (*fixed, self._other)
+
     def variance(self) -> Tensor:
         """See :class:`Entry`."""
         if self.op.name == "mul" and self._other is not None:
             return self._other.tensor.square()
-        return torch.ones_like(self.output)
+        return self.like.new_ones(self.output.shape)
 
     @property
     def channels(self) -> int | None:

@@ -7,7 +7,7 @@ inputs: one backward pass for all ḡ, then every direction u takes a tangent fo
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 
 from torch import Tensor
@@ -53,6 +53,17 @@ class Rule(ABC):
         """The tangents of all outputs, where there are several."""
         return (self.push(tangents),)
 
+    def reads(self) -> Iterable[Value]:
+        """Values whose tensors :meth:`fold` and :meth:`prepare` read, beside those of :meth:`keeps`."""
+        return ()
+
+    def prepare(self) -> None:  # noqa: B027 (most have nothing to form)
+        """Form what the products need of the values, so that only those of :meth:`keeps` need stay."""
+
+    def keeps(self) -> Iterable[Value]:
+        """Values whose tensors are still read after :meth:`prepare`; of the others the shapes."""
+        return (*self.op.inputs, *(o for o in self.op.outputs if o is not None))
+
     def fold(self, cotangent: Tensor) -> None:
         """Take ḡ, once, before :meth:`contracted` and :meth:`expected`."""
         self._cotangent = cotangent
@@ -67,6 +78,10 @@ class Rule(ABC):
     def expected(self, spread: Spread) -> Tensor | None:
         """E of :meth:`contracted` for a tangent of the first input; ``None`` where its variances do not tell."""
         return None
+
+    def _is_active(self, place: int) -> bool:
+        value = self.op.args[place] if place < len(self.op.args) else None
+        return isinstance(value, Value) and value.index in self.active
 
     def _primal(self, place: int) -> Tensor:
         value: Value = self.op.args[place]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from flatkern.residual.attention import Attention
 from flatkern.residual.curved_rules import Normalized, Product, Quotient, Softmax
 from flatkern.residual.elementwise import Elementwise
 from flatkern.residual.linear_rules import Choose, Fill, FixedStatistics, Linear, Pick, Sum
@@ -35,6 +36,7 @@ _RULES: dict[str, type[Rule]] = {
     **dict.fromkeys(("constant_pad_nd", "masked_fill"), Fill),
     **dict.fromkeys(("maximum", "minimum"), Choose),
     **dict.fromkeys(("max_pool2d_with_indices", "max_pool3d_with_indices"), Pick),
+    "attention": Attention,
     "div": Quotient,
     "native_batch_norm": FixedStatistics,
 }

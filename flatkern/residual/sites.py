@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -16,7 +16,7 @@ from flatkern.residual.rule import Rule
 from flatkern.residual.rules import rule_for
 from flatkern.residual.spreads import Spreads
 from flatkern.sample_axis import SampleAxis
-from flatkern.tape import Op, UnsupportedError
+from flatkern.tape import Op, UnsupportedError, Value
 
 __all__ = ["Sites"]
 
@@ -32,11 +32,13 @@ class Sites:
     def __init__(self, chunk: Chunk, residual: Tensor, *, local: bool = True) -> None:
         """``residual`` is r, the gradient of the loss's numerator in the output; ``local``: closed forms where known.
 
+        What the probes do not need of the chunk's values and graph is let go.
+
         Raises:
             UnsupportedError: an operation has no rule.
         """
         self._n = len(chunk.output)
-        self._like = chunk.output.detach()
+        self._like = chunk.output.new_empty(0)
         entry_of = {id(e.op): e for e in chunk.entries}
         ops, reached = chunk.active_ops
         self._steps: list[_Step] = []
@@ -50,37 +52,70 @@ class Sites:
             if entry is not None and active and isinstance(rule, Elementwise):
                 raise UnsupportedError(f"{op.name} of a parameter")
             self._steps.append(_Step(op, rule, entry))
+        parts = [part for s in self._steps for part in (s.rule, s.entry) if part is not None]
+        kept = {v.index for part in parts for v in part.keeps()}
+        if all(s.op.output.index in chunk.axes for s in self._steps if s.curved):
+            # nothing more can be refused
+            read = {v.index for s in self._steps if s.rule is not None for v in s.rule.reads()}
+            self._let_go(chunk, chunk.tape.values, kept | read)
         self._cotangents(chunk, residual)
         self._constant = torch.zeros(self._n, dtype=torch.float64, device=self._like.device)
-        self._close(local)
+        self._close(local, chunk, kept)
         self._plan()
+
+    @staticmethod
+    def _let_go(chunk: Chunk, values: Iterable[Value], kept: set[int]) -> None:
+        chunk.output = torch.empty_like(chunk.output, device="meta")
+        for value in values:
+            if value.parameter is None and value.index not in kept:
+                value.let_go()
 
     def _cotangents(self, chunk: Chunk, residual: Tensor) -> None:
         curved = [s for s in self._steps if s.curved and s.op.output.edge is not None]
         edges = [s.op.output.edge for s in curved if s.op.output.edge is not None]
-        if edges and chunk.output.grad_fn is not None:
-            found = torch.autograd.grad(chunk.output, edges, residual, allow_unused=True)
+        root = chunk.tape.final.edge
+        if edges and root is not None:
+            found = torch.autograd.grad(root, edges, residual, allow_unused=True)
+            g: Tensor | None
             for step, g in zip(curved, found, strict=True):
-                step.cotangent = g
                 step.axis = chunk.axes.get(step.op.output.index)
                 if g is not None and step.axis is None:
                     if bool((g != 0).any()):
                         raise UnsupportedError(f"the samples of {step.op.name} lie on no single axis")
-                    step.cotangent = None
+                    g = None
+                step.cotangent, step.site = g, g is not None
 
-    def _close(self, local: bool) -> None:
+    def _close(self, local: bool, chunk: Chunk, kept: set[int]) -> None:
         """Forwards: which changes reach what, and at each site those whose part has a closed form."""
         spreads = Spreads()
         self._reach = spreads.reach
+        read_last = self._read_last(chunk)
         for place, step in enumerate(self._steps):
             rule = step.rule
             if rule is not None and step.site and rule.curved:
                 assert step.cotangent is not None
                 rule.fold(step.cotangent)
+                if step.entry is None or not step.entry.shared:
+                    step.cotangent = None  # the rule has it
                 if local:
                     self._close_at(step, rule, spreads)
+            if rule is not None:
+                rule.prepare()
             step.bit = 0 if step.entry is None else 1 << place
             spreads.advance(step.op, rule, step.entry, step.bit)
+            for value in read_last[place]:
+                spreads.forget(value.index)
+            self._let_go(chunk, read_last[place], kept)
+
+    def _read_last(self, chunk: Chunk) -> list[list[Value]]:
+        """For every step the values that no later one has to do with."""
+        last: dict[int, int] = {}
+        for place, step in enumerate(self._steps):
+            last.update((v.index, place) for v in (*step.op.inputs, *step.op.outputs) if v is not None)
+        found: list[list[Value]] = [[] for _ in self._steps]
+        for value in chunk.tape.values if self._steps else ():
+            found[last.get(value.index, 0)].append(value)
+        return found
 
     def _close_at(self, step: _Step, rule: Rule, spreads: Spreads) -> None:
         source = step.op.inputs[0].index
@@ -191,6 +226,8 @@ class _Step:
     entry: Entry | None
     cotangent: Tensor | None = None
     axis: SampleAxis | None = None
+    site: bool = False
+    """Whether it adds to the residual."""
     bit: int = 0
     """Of the change that comes in here."""
     closed: int = 0
@@ -202,15 +239,9 @@ class _Step:
     def curved(self) -> bool:
         return (self.rule is not None and self.rule.curved) or (self.entry is not None and self.entry.shared)
 
-    @property
-    def site(self) -> bool:
-        """Whether it adds to the residual."""
-        return self.curved and self.cotangent is not None and self.axis is not None
-
     def second(self, draws: Draws, inputs: Callable[[int], dict[int, Tensor]]) -> Tensor | None:
         """⟨ḡ, D²⟩ by sample, float64 [n]; ``inputs`` gives tangents with some changes left out."""
         assert self.axis is not None
-        assert self.cotangent is not None
         part: Tensor | None = None
         rule = self.rule
         if rule is not None and rule.curved:
@@ -221,6 +252,7 @@ class _Step:
         if self.entry is not None and self.entry.shared:
             turned = self.entry.turn(draws, inputs(0))
             if turned is not None:
-                cross = 2 * self.axis.total(self.cotangent * turned)
+                assert self.cotangent is not None
+                cross = 2 * self.axis.dot(self.cotangent, turned)
                 part = cross if part is None else part + cross
         return part

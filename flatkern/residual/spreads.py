@@ -60,6 +60,10 @@ class Spreads:
         """The known spreads at a value, by the change's bit."""
         return self._known.get(index, {})
 
+    def forget(self, index: int) -> None:
+        """Of a value that nothing reads any more, what is known of its spreads."""
+        self._known.pop(index, None)
+
     def advance(self, op: Op, rule: Rule | None, entry: Entry | None, bit: int) -> None:
         """Follow all changes through an operation, at which ``entry`` comes in as ``bit`` (0 where there is none)."""
         reach = bit

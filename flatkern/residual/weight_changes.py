@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -36,10 +36,14 @@ class Dense(Entry):
         self._positions = len(self.output) // axis.n
         self._energy = self._a.tensor.square().sum(1, keepdim=True) if weight else None
 
+    def keeps(self) -> Iterable[Value]:
+        """See :class:`Entry`."""
+        return (self._a,) if self._weight else ()
+
     def variance(self) -> Tensor:
         """See :class:`Entry`."""
         if self._energy is None:
-            return torch.ones_like(self.output[:1])
+            return self.like.new_ones(1, *self.output.shape[1:])
         return self._energy + 1 if self._bias else self._energy
 
     def _factors(self, draws: Draws, a: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,7 +59,7 @@ class Dense(Entry):
         """See :class:`Entry`."""
         n, width = self.axis.n, self.output.shape[1]
         if self._positions == 1 and not self.shared:
-            v = draws.signs((*self.names, id(self.op)), (n, width))
+            v = draws.signs((*self.names, self.op.output.index), (n, width))
             if self._weight is None:
                 return v if base is None else base + v
             scale = (inputs(self._a).square().sum(1, keepdim=True) + (1 if self._bias else 0)).sqrt()
@@ -101,6 +105,10 @@ class Convolved(Entry):
         self._kernel = op.args[1].tensor.shape
         self._groups: int = op.args[8]
 
+    def keeps(self) -> Iterable[Value]:
+        """See :class:`Entry`."""
+        return (self._a,) if self._weight else ()
+
     def _convolve(self, a: Tensor, kernels: Tensor, groups: int) -> Tensor:
         result: Tensor = self.op.func(a, kernels, None, *self.op.args[3:8], groups)
         return result
@@ -109,7 +117,7 @@ class Convolved(Entry):
         """See :class:`Entry`."""
         shift = 1.0 if self._bias else 0.0
         if self._weight is None:
-            return torch.ones_like(self.output[:1])
+            return self.like.new_ones(1, *self.output.shape[1:])
         ones = self._a.tensor.new_ones(self._groups, *self._kernel[1:])
         energy = self._convolve(self._a.tensor.square(), ones, self._groups) + shift
         return (

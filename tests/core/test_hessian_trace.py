@@ -59,7 +59,8 @@ def truth(name: str) -> float:
 def test_sites_equal_double_backward(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, _ = problem(name)
     chunk, r = chunk_of(model, x)
-    ways = Sites(chunk, r, local=False), Twice(chunk, r)
+    other, _ = chunk_of(model, x)  # Sites lets go of a chunk's values
+    ways = Sites(chunk, r, local=False), Twice(other, r)
     for module in (sites, double_backward):
         monkeypatch.setattr(module, "Draws", Keyed)
     for probe in range(3):

@@ -7,9 +7,9 @@ from explicit import assert_close, explicit_ggn, explicit_hessian
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flatkern import kernels
+from flatkern import attention_form, kernels
 from flatkern.kernels import _attention_layout
-from flatkern.operators import attention_form, ggn, hessian, jacobian
+from flatkern.operators import ggn, hessian, jacobian
 from flatkern.operators.forms import twice_differentiable
 
 CE = nn.CrossEntropyLoss()
@@ -80,7 +80,7 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(attention_form, "LEAST_WEIGHTS", 0)
     monkeypatch.setattr(attention_form, "LEAST_CAUSAL_WEIGHTS", 0)
-    monkeypatch.setattr(attention_form.kernels, "attention", counted)
+    monkeypatch.setattr(kernels, "attention", counted)
     monkeypatch.setattr(_attention_layout, "ROWS", 2)
     monkeypatch.setattr(_attention_layout, "CAUSAL_ROWS", 2)
     return count
@@ -123,9 +123,7 @@ def test_jacobians(name, calls, monkeypatch):
 def test_long_sequences_take_the_blocks_and_short_ones_do_not(monkeypatch):
     count = []
     original = kernels.attention
-    monkeypatch.setattr(
-        attention_form.kernels, "attention", lambda *a, **k: count.append(len(a[0])) or original(*a, **k)
-    )
+    monkeypatch.setattr(kernels, "attention", lambda *a, **k: count.append(len(a[0])) or original(*a, **k))
 
     def run(length, **options):
         q = torch.randn(1, length, 2)
