@@ -52,6 +52,8 @@ class Loss:
     model's own predictive distribution; E r rᵀ is block diagonal over samples. ``None``: no such distribution."""
     callable: bool = False
     """Whether it is a user's function, whose reduction was said and not read."""
+    orthogonal: LossFunction | None = None
+    """Cotangents as ``root``'s that are orthogonal within a sample where that is cheap; ``None``: ``root``."""
 
     def denominator(self, total_weight: Tensor | float) -> float:
         """What the summed numerators are divided by, from the summed weights; raises where it is not positive."""

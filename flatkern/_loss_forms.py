@@ -212,10 +212,18 @@ def cross_entropy(loss_fn: nn.CrossEntropyLoss, reduction: Reduction) -> Loss:
         p = output.softmax(1)
         return omega(output, target).sqrt().unsqueeze(1) * (p - draw_classes(p, generator))
 
+    def small(output: Tensor) -> bool:
+        return output.ndim == 2 and output.shape[1] <= _EIGENVECTORS_UP_TO and output.device.type == "cpu"
+
+    def orthogonal(output: Tensor, target: Tensor) -> Tensor:
+        if not small(output):
+            return root(output, target)
+        columns = _softmax_eigenvectors(output)[:, :, 1:]  # the first is 0
+        return columns.permute(2, 0, 1).to(output.dtype) * omega(output, target).sqrt().unsqueeze(1)
+
     def sketch(output: Tensor, target: Tensor, signs: Tensor) -> Tensor:
         out = torch.empty_like(signs, dtype=output.dtype)
-        small = output.ndim == 2 and output.shape[1] <= _EIGENVECTORS_UP_TO and output.device.type == "cpu"
-        root_times = _softmax_eigensketch if small else _softmax_sketch
+        root_times = _softmax_eigensketch if small(output) else _softmax_sketch
         for block in _blocks(output):
             out[block] = root_times(output[block], signs[block].to(output.dtype))
         return out.mul_(omega(output, target).sqrt().unsqueeze(1))
@@ -230,6 +238,7 @@ def cross_entropy(loss_fn: nn.CrossEntropyLoss, reduction: Reduction) -> Loss:
         sketch,
         lambda output: output[0].numel() // output.shape[1] * (output.shape[1] - 1),
         sampled,
+        orthogonal=orthogonal,
     )
 
 
@@ -311,8 +320,8 @@ def _blocks(output: Tensor) -> Iterator[tuple[slice, ...]]:
                 yield samples, slice(None), slice(first, first + part)
 
 
-def _softmax_eigensketch(output: Tensor, signs: Tensor) -> Tensor:
-    """S ε for S = V √Λ, V Λ Vᵀ = diag p − p pᵀ, output and signs [n, C].
+def _softmax_eigenvectors(output: Tensor) -> Tensor:
+    """S = V √Λ [n, C, C], float64, for V Λ Vᵀ = diag p − p pᵀ, smallest eigenvalue first; output [n, C].
 
     The variance of a sketch is 2 Σ_{a≠b} [(Sᵀ J Jᵀ S)_ab]²: with orthogonal columns it is 0 where J Jᵀ is a multiple of
     1, and small where outputs are driven alike (of one draw on a trained MLP or VGG 0.7 %, for 5 % with
@@ -324,8 +333,13 @@ def _softmax_eigensketch(output: Tensor, signs: Tensor) -> Tensor:
     diagonal.zero_()
     diagonal.copy_(-curvature.sum(2))  # p (1 − p), whatever p: nothing is subtracted
     values, vectors = torch.linalg.eigh(curvature)
-    scaled = values.clamp_(min=0).sqrt_() * signs
-    return (vectors @ scaled.unsqueeze(2)).squeeze(2).to(output.dtype)
+    return vectors * values.clamp_(min=0).sqrt_().unsqueeze(1)
+
+
+def _softmax_eigensketch(output: Tensor, signs: Tensor) -> Tensor:
+    """S ε for :func:`_softmax_eigenvectors`, output and signs [n, C]."""
+    columns = _softmax_eigenvectors(output)
+    return (columns @ signs.to(columns.dtype).unsqueeze(2)).squeeze(2).to(output.dtype)
 
 
 def _softmax_sketch(output: Tensor, signs: Tensor) -> Tensor:

@@ -22,7 +22,15 @@ from flatkern.reverse_rules import held_entries
 from flatkern.samples import count_samples, take, tensors_in
 from flatkern.uses import Uses, find_uses
 
-__all__ = ["Forward", "Linearization", "budget", "linearizations", "pull_back"]
+__all__ = [
+    "Forward",
+    "Linearization",
+    "budget",
+    "check_independence",
+    "linearizations",
+    "outline",
+    "pull_back",
+]
 
 Forward = Callable[[nn.Module, Any], tuple[Tensor, Any]]
 """(model, batch) → (output, target)."""
@@ -146,7 +154,7 @@ def _probe(
     return _Run(run.output, run.target, run.calls, run.input_edge, run.graph, sum(saved.values()))
 
 
-def _outline(model: nn.Module, x: Any, forward: Forward | None) -> _Run:
+def outline(model: nn.Module, x: Any, forward: Forward | None) -> _Run:
     """A forward pass whose graph keeps no tensors: for its operations, their shapes, and the output's values."""
     nothing: Any = None
     with saved_tensors_hooks(lambda _: nothing, lambda _: nothing):
@@ -171,7 +179,7 @@ def _misplaced(calls: Sequence[LayerCall], n: int) -> frozenset[str]:
     return frozenset(names)
 
 
-def _check_independence(few: Tensor, among_others: Tensor) -> None:
+def check_independence(few: Tensor, among_others: Tensor) -> None:
     """Refuse a model whose output for a sample depends on the rest of its batch."""
     common = min(len(few), len(among_others))
     few, among_others = few[:common], among_others[:common]
@@ -291,15 +299,15 @@ class _Chunks:
         model, output = self._model, run.output.detach()
         with preserve_state(model):
             if n <= 2:  # another number of samples, to tell their axis from others
-                other = _outline(model, take(self._x, [0, 1, 0]), self._forward)
-                first = _outline(model, take(self._x, slice(0, 1)), self._forward).output
+                other = outline(model, take(self._x, [0, 1, 0]), self._forward)
+                first = outline(model, take(self._x, slice(0, 1)), self._forward).output
             else:
                 other, first = run, few.output
-        _check_independence(first.detach(), output)
+        check_independence(first.detach(), output)
         if n > 2:  # what only flows forward along the batch never reaches its first samples
             with preserve_state(model):
-                last = _outline(model, take(part, slice(n - 1, n)), self._forward).output
-            _check_independence(last.detach(), output[-1:])
+                last = outline(model, take(part, slice(n - 1, n)), self._forward).output
+            check_independence(last.detach(), output[-1:])
         self._layouts = compare_batches(few.graph, 2, other.graph, len(other.output))
         # Shapes cannot tell a sequence axis of the same length, or samples in another order, from the samples' axis.
         # Each sample is tried: one that reads only the matching position would pass alone.

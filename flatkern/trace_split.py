@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from flatkern.results import Estimate, HessianTrace
 from flatkern.sample_axis import FEW, footprint, sample_axes
 from flatkern.samples import count_samples, take
 from flatkern.tape import Tape, UnsupportedError
+from flatkern.trace_allotted import Allotment, Found
 from flatkern.trace_goal import Goal, Sampled, Spread
 
 __all__ = ["Split"]
@@ -36,8 +37,12 @@ SECOND_PILOT = 16
 """Where more probes than this are planned, a pilot on all samples plans again."""
 PROBES_A_PRODUCT = 6
 """What a Hessian-vector product costs in probes, about."""
-COPIES = 5
+COPIES = 4
 """Memory of a chunk over that of its intermediate values: graph, cotangents, tangents and temporaries."""
+
+_AFFINE = "outputs piecewise affine in every parameter entry"
+_SmallRuns = dict[bool, tuple[Tape, dict[int, tuple[int, bool]]]]
+"""Tapes of a few samples, and of one (``True``), with the samples' axes."""
 
 
 @dataclass
@@ -58,7 +63,9 @@ class Split:
     verdicts: dict[str, str] = field(default_factory=dict)
     """Parameters not proven, with the reason."""
     refused: dict[str, str] = field(default_factory=dict)
-    _axes: dict[Any, dict[bool, tuple[Tape, dict[int, tuple[int, bool]]]]] = field(default_factory=dict)
+    _axes: dict[Any, _SmallRuns] = field(default_factory=dict)
+    _batch: tuple[Any, _SmallRuns] | None = None
+    """The last batch that is not one tensor, with its small runs."""
 
     def unsuitable(self) -> str:
         """Why this loss or model takes the plain estimator; empty where it does not."""
@@ -109,7 +116,14 @@ class Split:
     def run(self, method: str, started: float) -> HessianTrace:
         """The exact GGN trace plus the sampled residual."""
         probes = self.goal.samples or 0
-        pilot = self._pilot(method)
+        closed = False
+        if self.goal.samples is None and not self.per_layer:
+            allotment = Allotment(self, method)
+            found = allotment.run()
+            if found is not None:
+                return self._allotted(found, started)
+            closed = allotment.closed
+        pilot = Spread(0.0, 0.0, 0.0) if closed else self._pilot(method)
         ours = {n: p for n, p in self.parameters.items() if n not in self.refused}
         if not ours or (self.refused and (self.per_layer or method != "auto")):
             raise UnsupportedError("; ".join(f"{n}: {why}" for n, why in self.refused.items()))
@@ -184,15 +198,56 @@ class Split:
             },
         )
 
+    def _allotted(self, found: Found, started: float) -> HessianTrace:
+        """The result of the pass in which the samples got what they need."""
+        denominator, n = self.loss.denominator(found.weight), len(found.values)
+        value, stderr = float(found.values.sum()) / denominator, found.variance**0.5 / denominator
+        if not math.isfinite(value):
+            raise ValueError("model: second derivatives overflow or are NaN at this θ; measure in float64")
+        per_sample = found.values * (n / denominator)
+        met = stderr <= self.goal.tolerance(value)
+        notes = list(found.notes)
+        if not met:
+            notes.append("the draws spread more than the pilot's did; run again with more samples")
+        sampled = (
+            dict.fromkeys(self.parameters, "the Gauss-Newton part is sketched") if found.sketched else {}
+        )
+        sampled.update(self.verdicts)
+        return HessianTrace(
+            value=value,
+            stderr=stderr,
+            sample_stderr=_over_samples(per_sample, found.noise * (n / denominator) ** 2),
+            method=self._described(found),
+            num_data=n,
+            passes=round(found.cotangents + found.probes) + 1,
+            seconds=time.perf_counter() - started,
+            converged=met,
+            per_sample=per_sample,
+            notes=tuple(notes),
+            exact=tuple(name for name in self.parameters if name not in sampled),
+            sampled=sampled,
+        )
+
     def _describe(self, how: str, probes: int, ggn: Estimate) -> str:
         sketched = f"{ggn.passes} sign sketches of the GGN trace" if ggn.stderr else ""
         if not self.verdicts:
-            affine = "outputs piecewise affine in every parameter entry"
-            return f"{sketched}; {affine}" if sketched else f"exact (ghost norms; {affine})"
-        text = sketched or "exact GGN trace"
-        text += f" + residual of {len(self.verdicts)} of {len(self.parameters)} parameters: "
+            return f"{sketched}; {_AFFINE}" if sketched else f"exact (ghost norms; {_AFFINE})"
+        text = (sketched or "exact GGN trace") + self._residual_text()
         text += "closed form" if how == "exact" else f"{probes} probes ({how})"
         return text + (f", Hutchinson for {', '.join(self.refused)}" if self.refused else "")
+
+    def _described(self, found: Found) -> str:
+        if not self.verdicts:
+            return f"exact (ghost norms; {_AFFINE})"
+        text = f"sign sketch of the GGN trace ({found.cotangents:.1f} cotangents a sample)"
+        text = (text if found.sketched else "exact GGN trace") + self._residual_text()
+        if not found.how:
+            return text + "closed form"
+        probes = f"{found.least}" if found.least == found.most else f"{found.least} to {found.most}"
+        return f"{text}{probes} probes ({found.how})"
+
+    def _residual_text(self) -> str:
+        return f" + residual of {len(self.verdicts)} of {len(self.parameters)} parameters: "
 
     @staticmethod
     def _by_layer(
@@ -210,13 +265,14 @@ class Split:
         for x, y in LossData(self.model, self.data, self.forward):
             n = count_samples(x)
             few = list(range(0, n, max(1, n // PILOT_SAMPLES)))[:PILOT_SAMPLES]
-            n, x, y = len(few), take(x, few), None if y is None else y[few]
             total, spread, weight = 0.0, 0.0, 0.0
             # with a number of probes given, only the verdict is wanted
+            n, step = len(few), self.step(x)
             least = max(PILOT_PROBES, 1 + math.ceil(PILOT_FREEDOM / n))
             wanted = least if self.goal.samples is None else 0
-            for chunk, target in self._chunks(x, y):
-                evaluator, part_weight = self._evaluator(chunk, target, method)
+            parts = [few[i : i + step] for i in range(0, n, step)]
+            for _, chunk, target in self.chunks(x, y, parts):
+                evaluator, part_weight = self.evaluator(chunk, target, method)
                 self.refused.update(chunk.refused)
                 weight += part_weight
                 if evaluator is not None and wanted:
@@ -224,6 +280,7 @@ class Split:
                         [evaluator.draw(self.generator) for _ in range(2 if evaluator.exact else wanted)]
                     )
                     total, spread = total + float(values.mean(0).sum()), spread + float(values.var(0).sum())
+                del chunk, evaluator
             return Spread(total, spread, weight).scaled(1 / n)
         raise ValueError("data: no batch in it")
 
@@ -236,8 +293,8 @@ class Split:
         sampled, how = Sampled(), "exact"
         layers: tuple[str, ...] | None = None
         for x, y in LossData(self.model, self.data, self.forward):
-            for chunk, target in self._chunks(x, y):
-                evaluator, weight = self._evaluator(chunk, target, method)
+            for _, chunk, target in self.chunks(x, y):
+                evaluator, weight = self.evaluator(chunk, target, method)
                 sampled.weight += weight
                 unknown = set(chunk.refused) - set(self.refused)
                 if unknown:
@@ -254,7 +311,7 @@ class Split:
                     values = torch.stack([evaluator.draw_layers(self.generator) for _ in range(probes)])
                     how = "double backward"
                 else:
-                    count = 2 if evaluator.exact else probes
+                    count = 1 if evaluator.exact else probes
                     drawn = torch.stack([evaluator.draw(self.generator) for _ in range(count)])
                     if evaluator.exact:
                         drawn = drawn[:1].expand(probes, -1)
@@ -262,43 +319,73 @@ class Split:
                         how = "tangent passes" if isinstance(evaluator, Sites) else "double backward"
                     values = drawn.unsqueeze(1)
                 sampled.add(values if len(values) == probes else values[:1].expand(probes, -1, -1))
+                del chunk, evaluator
         return sampled, how, layers or ()
 
-    def _chunks(self, x: Any, y: Tensor | None) -> Iterator[tuple[Chunk, Tensor]]:
-        forward = LossData(self.model, self.data, self.forward).forward
+    def step(self, x: Any) -> int:
+        """Samples of a batch that a chunk takes."""
+        n, chunks = count_samples(x), self._recorded(x)
+        note(chunks)
+        return chunks.samples(n)
+
+    def work(self, x: Any) -> int:
+        """Entries of parameters and ten times those of the values, times samples: how dear a gradient is, roughly."""
+        chunks = self._recorded(x)
+        entry = next(iter(self.parameters.values())).element_size()
+        return count_samples(x) * (chunks.gradient_bytes + 10 * chunks.sample_bytes) // entry
+
+    def _recorded(self, x: Any) -> _Recorded:
+        """From the small runs, which are made with the batch's first samples where there are none."""
         n = count_samples(x)
         own = sum(p.numel() * p.element_size() for p in self.parameters.values())
 
         def plan(tape: Tape) -> _Recorded:
             return _Recorded(self.max_memory, footprint(tape) // max(1, len(tape.final.tensor)), own)
 
-        # batches of one kind share the small runs (of each chunk it is checked that the operations are the same)
-        kind = (x.shape[1:], x.dtype, min(n, FEW)) if isinstance(x, Tensor) else None
-        runs = self._axes.get(kind, {}) if kind is not None else {}
-        if kind is not None:
-            self._axes[kind] = runs
+        runs = self._runs_of(x)
         if False not in runs:
             # where one sample is a chunk, its cotangents for several at once would be the peak
+            forward = LossData(self.model, self.data, self.forward).forward
             runs[False] = sample_axes(
                 self.model, x, self.parameters, forward, wanted=lambda tape: plan(tape).samples(n) > 1
             )
-        chunks = plan(runs[False][0])
-        note(chunks)
-        step = chunks.samples(n)
+        return plan(runs[False][0])
+
+    def _runs_of(self, x: Any) -> _SmallRuns:
+        # batches of one kind share the small runs (of each chunk it is checked that the operations are the same)
+        if not isinstance(x, Tensor):
+            if self._batch is None or self._batch[0] is not x:
+                self._batch = x, {}
+            return self._batch[1]
+        return self._axes.setdefault((x.shape[1:], x.dtype, min(len(x), FEW)), {})
+
+    def chunks(
+        self, x: Any, y: Tensor | None, parts: Iterable[slice | Sequence[int]] | None = None
+    ) -> Iterator[tuple[Any, Chunk, Tensor]]:
+        """Inputs, recorded run and target of each part; by default of equal parts in order."""
+        forward = LossData(self.model, self.data, self.forward).forward
+        n, step = count_samples(x), self.step(x)
+        runs = self._runs_of(x)
         if step == 1:
             del runs[False]
-        for start in range(0, n, step):
-            part = slice(start, min(start + step, n))
-            alone = part.stop - start == 1  # a batch of one may take other operations (expand does nothing)
+        if parts is None:
+            parts = (slice(start, min(start + step, n)) for start in range(0, n, step))
+        for part in parts:
+            inputs = take(x, part)
+            alone = (
+                count_samples(inputs) == 1
+            )  # a batch of one may take other operations (expand does nothing)
             if alone not in runs:
-                runs[alone] = sample_axes(self.model, x, self.parameters, forward, few=1)
-            chunk = linearize(self.model, take(x, part), self.parameters, *runs[alone], forward)
+                runs[alone] = sample_axes(self.model, x, self.parameters, forward, few=1 if alone else FEW)
+            chunk = linearize(self.model, inputs, self.parameters, *runs[alone], forward)
             for name, degree in chunk.verdicts.items():
                 if not degree.proven:
                     self.verdicts.setdefault(name, degree.reason)
-            yield chunk, chunk.tape.target if y is None else y[part]
+            yield inputs, chunk, chunk.tape.target if y is None else y[part]
+            del inputs, chunk  # before the next is run
 
-    def _evaluator(self, chunk: Chunk, y: Tensor, method: str) -> tuple[Sites | Twice | None, float]:
+    def evaluator(self, chunk: Chunk, y: Tensor, method: str) -> tuple[Sites | Twice | None, float]:
+        """The residual on a chunk, ``None`` where all is proven, and its part of the denominator."""
         output = chunk.output.detach().requires_grad_()
         value = self.loss.numerator(output, y)
         weight = float(self.loss.weight(output.detach(), y))

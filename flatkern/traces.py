@@ -51,9 +51,10 @@ def hessian_trace(
     """Tr ∂²L/∂θ² of a loss, exactly where that is possible and else to a tolerance with a valid standard error.
 
     ∂²L/∂θ² = JᵀH_L J + Σ_i Σ_c ∂ℓ_i/∂f_c ∂²f_c(x_i)/∂θ². The first trace, that of the GGN, is exact by ghost norms
-    (:func:`ggn_trace`). The second vanishes for every parameter in whose single entries the outputs are piecewise
-    affine, the others fixed: read off the autograd graph of the run, operation by operation. ReLU networks need
-    nothing more. For the other parameters it is sampled in activation space: every sample draws its own random
+    (:func:`ggn_trace`), unless the second has to be sampled and a tolerance is to be met: then it may be sketched,
+    with the cheapest plan for both. The second vanishes for every parameter in whose single entries the outputs are
+    piecewise affine, the others fixed: read off the autograd graph of the run, operation by operation. ReLU networks
+    need nothing more. For the other parameters it is sampled in activation space: every sample draws its own random
     change of every layer's output, whose covariance stands for changes of all weights at once, and
     uᵀ∇²(r·f)u is taken by a tangent forward pass. What an elementwise nonlinearity does to the weights
     of its own layer and, in dense networks, of the layer before is put in exactly: with two hidden layers nothing is
@@ -70,22 +71,25 @@ def hessian_trace(
         forward: (model, batch) → (output, target), as for :func:`ggn_trace`.
         rtol: aim at stderr ≤ rtol · |trace|; 0.01 where neither ``atol`` nor ``samples`` is given.
         atol: aim at stderr ≤ atol; with both, the looser one counts.
-        samples: number of probes, at least 2; then there is no pilot.
+        samples: number of probes, at least 2; then there is no pilot, and the GGN part is exact.
         max_samples: never more probes than this (``converged`` is then false).
         method: ``"sites"`` (a tangent pass a probe; all operations need a rule), ``"double-backward"`` (any
             operation), ``"hutchinson"`` (``fk.trace(fk.hessian(...))``), or ``"auto"``: the first that works.
-        per_layer: also split value and error by layer; the sampled part then takes double backward passes.
+        per_layer: also split value and error by layer; the GGN part is then exact, and the sampled part takes double
+            backward passes.
         seed: an integer; or ``generator``. The global generator is never used.
         generator: see ``seed``.
         max_memory: bytes of the working set; default 1 GiB. Samples are chunked to fit.
 
     Returns:
-        A :class:`HessianTrace`: ``stderr`` is the estimator's own error, Σ_i s_i²/k over the samples' own k values,
-        and 0 where everything was exact; ``sample_stderr`` is that of the mean over samples with the estimator's
-        part taken out. ``exact`` and ``sampled`` name the parameters. ``samples`` holds the k probe values.
+        A :class:`HessianTrace`: ``stderr`` is the estimator's own error, √(Σ_i s_i²/k) over the samples' own k values
+        (a bound on it where one draw was enough), and 0 where everything was exact; ``sample_stderr`` is that of the
+        mean over samples with the estimator's part taken out. ``exact`` and ``sampled`` name the parameters.
+        ``samples`` holds the k probe values, where all data samples had as many and the GGN part is exact.
 
-    Cost: the exact GGN trace, one forward and one backward pass, and 0.2 to 1 gradients a probe (of which 2 or 3
-    mostly do). At kinks it is the almost-everywhere Hessian, as autograd defines it.
+    Cost: the GGN trace, one forward and one backward pass, and 0.2 to 1 gradients a probe (of which 2 or 3 mostly do);
+    with a sketched GGN part a forward pass and a pilot more, but 1 to 5 cotangents a sample instead of one less than
+    there are classes. At kinks it is the almost-everywhere Hessian, as autograd defines it.
 
     Raises:
         TypeError, ValueError: as :func:`ggn_trace` and ``fk.trace``, naming the argument.
