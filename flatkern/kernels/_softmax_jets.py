@@ -87,7 +87,7 @@ def cross_entropy_hvp(z: Tensor, v: Tensor, *, scale: Tensor | None = None, dim:
     Returns:
         [k, *z.shape] in z's dtype.
 
-    Cost: as :func:`softmax_jet`.
+    Cost: as :func:`softmax_curvature`, and the product is written.
 
     Raises:
         TypeError: another dtype, layout or device.
@@ -137,7 +137,7 @@ def cross_entropy_jet(
     Returns:
         ``CrossEntropyJet(loss, gradient, product)``.
 
-    Cost: as :func:`softmax_jet`; smoothing reads the logits once more.
+    Cost: as :func:`cross_entropy_hvp`; smoothing reads the logits once more.
 
     Raises:
         TypeError: another dtype, layout or device.
