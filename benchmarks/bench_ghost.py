@@ -239,7 +239,7 @@ def main() -> None:
     settings = {
         "threads": 1,
         "data": "normal random inputs and cotangents; untrained networks",
-        "timing": f"least CPU time of {options.rounds} rounds or half a second, in turns, each call after an untimed one",
+        "timing": f"least CPU time of {options.rounds} rounds or half a second, each call after an untimed one",
     }
     print("written:", save("ghost", settings, rows + library))
 
