@@ -14,9 +14,26 @@ from torch import nn
 import flatkern as fk
 from benchmarks import trace_networks as networks
 from benchmarks.bench_measurement import MODELS, digits
-from benchmarks.operator_problems import ViT, mlp
+from benchmarks.operator_problems import Block, ViT, mlp
 from benchmarks.timing import alternate, save
 from flatkern.kernels._select import using
+
+
+class Language(nn.Module):
+    """Two blocks of width 128 with eight heads over 256 tokens, 100 classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(100, 128)
+        self.position = nn.Parameter(0.02 * torch.randn(256, 128))
+        self.blocks = nn.Sequential(Block(128, 8), Block(128, 8))
+        self.norm, self.head = nn.LayerNorm(128), nn.Linear(128, 100)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens [n, 256] → logits [n, 100, 256]."""
+        logits: torch.Tensor = self.head(self.norm(self.blocks(self.words(x) + self.position)))
+        return logits.mT
+
 
 SIDES = ("compiled", "reference")
 LOSS = nn.CrossEntropyLoss()
@@ -91,11 +108,16 @@ def flatness() -> Calls:
     x, y = torch.randn(128, 784), torch.randint(10, (128,))
     gelu, vit = networks.mlp(nn.GELU), ViT()
     images = (torch.randn(16, 3, 32, 32), torch.randint(10, (16,)))
+    language, tokens = Language(), (torch.randint(100, (2, 256)), torch.randint(100, (2, 256)))
     return {
         "hessian_trace, GELU MLP, n = 128": (7, lambda: lambda: fk.hessian_trace(gelu, LOSS, (x, y), seed=0)),
         "hessian_trace, 8 samples, ViT, n = 16": (
             3,
             lambda: lambda: fk.hessian_trace(vit, LOSS, images, samples=8, seed=0),
+        ),
+        "hessian_trace, 32 samples, transformer, 2 × 256 tokens": (
+            5,
+            lambda: lambda: fk.hessian_trace(language, LOSS, tokens, samples=32, seed=0),
         ),
         "ggn_trace, GELU MLP, n = 128": (9, lambda: lambda: fk.ggn_trace(gelu, LOSS, (x, y), method="exact")),
         "ggn_trace, exact, ViT, n = 16": (5, lambda: lambda: fk.ggn_trace(vit, LOSS, images, method="exact")),

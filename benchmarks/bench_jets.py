@@ -96,12 +96,10 @@ ACTIVATIONS: dict[str, Formula] = {
 }
 
 
-def softmax(z: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-    """Value, first and second order."""
-    p = torch.softmax(z, -1)
+def softmax_curvature(p: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+    """With p itself as the cotangent."""
     c = t - (p * t).sum(-1, keepdim=True)
-    square = c * c
-    return p, p * c, p * (square - (p * square).sum(-1, keepdim=True))
+    return (((p - (p * p).sum(-1, keepdim=True)) * p * c * c).sum(-1),)
 
 
 def cross_entropy_hvp(z: Tensor, v: Tensor) -> tuple[Tensor, ...]:
@@ -115,13 +113,17 @@ def wide_cross_entropy_hvp(z: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     return (cross_entropy_hvp(z.float(), v.float())[0].to(z.dtype),)
 
 
-def layer_norm(x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-    """Value, first and second order."""
-    c = x - x.mean(-1, keepdim=True)
-    inverse = torch.rsqrt((c * c).mean(-1, keepdim=True) + 1e-5)
-    u, d = c * inverse, t - t.mean(-1, keepdim=True)
-    p, q = (u * d).mean(-1, keepdim=True), (d * d).mean(-1, keepdim=True)
-    return u, (d - u * p) * inverse, (u * (3 * p * p - q) - 2 * p * d) * (inverse * inverse)
+def layer_norm_tangent(x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+    """x in the place of what was normalized, σ = 1."""
+    c = t - t.mean(-1, keepdim=True)
+    return (c - x * (x * c).mean(-1, keepdim=True),)
+
+
+def layer_norm_curvature(x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+    """The same, and x as the cotangent."""
+    c = t - t.mean(-1, keepdim=True)
+    p, q = (x * c).mean(-1), (c * c).mean(-1)
+    return ((x * x).sum(-1) * (3 * p * p - q) - 2 * p * (x * c).sum(-1),)
 
 
 # -- the tables ------------------------------------------------------------------------------------------------
@@ -179,9 +181,20 @@ def activation_row(kind: Any, n: int, seconds: float) -> dict[str, Any]:
 def row_rows(seconds: float) -> list[dict[str, Any]]:
     """Softmax, cross-entropy and norms."""
     out = []
+
+    def bent(p: Tensor, t: Tensor) -> Tensor:
+        return kernels.softmax_curvature(p, t, p)
+
+    def moved(x: Tensor, t: Tensor) -> Tensor:
+        return kernels.layer_norm_tangent(x, ones[: len(x)], t)
+
+    def turned(x: Tensor, t: Tensor) -> Tensor:
+        return kernels.layer_norm_curvature(x, ones[: len(x)], t, x)
+
+    ones = torch.ones(4096)
     cases: list[tuple[str, tuple[int, int], torch.dtype, Callable[..., object], Formula, int]] = [
-        ("softmax_jet", (4096, 64), torch.float32, kernels.softmax_jet, softmax, 5),
-        ("softmax_jet", (1024, 1024), torch.float32, kernels.softmax_jet, softmax, 5),
+        ("softmax_curvature", (4096, 64), torch.float32, bent, softmax_curvature, 2),
+        ("softmax_curvature", (1024, 1024), torch.float32, bent, softmax_curvature, 2),
         ("cross_entropy_hvp", (4096, 10), torch.float32, kernels.cross_entropy_hvp, cross_entropy_hvp, 3),
         ("cross_entropy_hvp", (1024, 1000), torch.float32, kernels.cross_entropy_hvp, cross_entropy_hvp, 3),
         ("cross_entropy_hvp", (128, 50257), torch.float32, kernels.cross_entropy_hvp, cross_entropy_hvp, 3),
@@ -193,8 +206,10 @@ def row_rows(seconds: float) -> list[dict[str, Any]]:
             wide_cross_entropy_hvp,
             3,
         ),
-        ("layer_norm_jet", (4096, 64), torch.float32, kernels.layer_norm_jet, layer_norm, 5),
-        ("layer_norm_jet", (2048, 768), torch.float32, kernels.layer_norm_jet, layer_norm, 5),
+        ("layer_norm_tangent", (4096, 64), torch.float32, moved, layer_norm_tangent, 3),
+        ("layer_norm_tangent", (2048, 768), torch.float32, moved, layer_norm_tangent, 3),
+        ("layer_norm_curvature", (4096, 64), torch.float32, turned, layer_norm_curvature, 2),
+        ("layer_norm_curvature", (2048, 768), torch.float32, turned, layer_norm_curvature, 2),
     ]
     for name, shape, dtype, own, formula, arrays in cases:
         z, t = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)

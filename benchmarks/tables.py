@@ -144,7 +144,8 @@ def jets(result: dict[str, Any]) -> str:
     header = ["kernel", "size", "dtype", "µs (out=)", "eager", "Inductor", "of copy speed"]
     return (
         "## Jets\n\n"
-        "Value, first and second-order terms along one tangent (docs/kernels.md), against the shortest formulas in\n"
+        "Value, first and second-order terms along one tangent, and for curvatures one number a row\n"
+        "(docs/kernels.md), against the shortest formulas in\n"
         "PyTorch, called directly (*eager*) and through `torch.compile` (*Inductor*), and against a copy of as many\n"
         "bytes as are read and written. Ratios: their time over ours. In brackets: the better of fresh and given\n"
         "memory.\n\n"

@@ -37,6 +37,12 @@ Dense<T> like(const Dense<T>& x) {
   return Dense<T>(std::vector<py::ssize_t>(x.shape(), x.shape() + x.ndim()));
 }
 
+// One number a tangent and row.
+template <typename T>
+Dense<T> row_numbers(const Dense<T>& t) {
+  return Dense<T>(std::vector<py::ssize_t>(t.shape(), t.shape() + t.ndim() - 1));
+}
+
 ActivationSpec spec_of(int kind, double a, double b) {
   if (kind < 0 || kind >= static_cast<int>(flatkern::Activation::count))
     throw py::value_error("unknown activation");
@@ -59,11 +65,11 @@ void spread_rows(const Args& args, int threads, void (*kernel)(const Args&, std:
 }
 
 struct Rows {
-  std::int64_t rows = 0, cols, k;
+  std::int64_t rows = 1, cols, k;
 
   Rows(const py::array& z, const py::array& t) : cols(z.shape(z.ndim() - 1)), k(t.shape(0)) {
     if (cols >= std::int64_t(1) << 31) throw py::value_error("a row has more than 2^31 entries");
-    if (cols) rows = z.size() / cols;
+    for (py::ssize_t d = 0; d + 1 < z.ndim(); ++d) rows *= z.shape(d);
   }
 };
 
@@ -113,20 +119,13 @@ void bind(py::module_& m) {
     });
     return py::make_tuple(cotangent, tangents);
   });
-  m.def("softmax_jet", [](A z, A t, bool log, int threads) {
-    const Rows r(z, t);
-    Dense<T> value = like(z), first = like(t), second = like(t);
-    const flatkern::SoftmaxJetArgs<T> args = {r.rows,
-                                              r.cols,
-                                              r.k,
-                                              z.data(),
-                                              in(t, r.k * z.size()),
-                                              log,
-                                              value.mutable_data(),
-                                              first.mutable_data(),
-                                              second.mutable_data()};
-    spread_rows<T>(args, threads, kernels().jets(T{}).softmax);
-    return py::make_tuple(value, first, second);
+  m.def("softmax_curvature", [](A p, A t, A g, bool log, int threads) {
+    const Rows r(p, t);
+    Dense<T> curvature = row_numbers(t);
+    const flatkern::SoftmaxCurvatureArgs<T> args = {
+        r.rows, r.cols, r.k, p.data(), in(t, r.k * p.size()), in(g, p.size()), log, curvature.mutable_data()};
+    spread_rows<T>(args, threads, kernels().jets(T{}).softmax_curvature);
+    return curvature;
   });
   m.def("cross_entropy_hvp", [](A z, const Maybe<T>& scale, A v, int threads) {
     const Rows r(z, v);
@@ -143,44 +142,35 @@ void bind(py::module_& m) {
     spread_rows<T>(args, threads, kernels().jets(T{}).logsumexp);
     return product;
   });
-  m.def("norm_jet",
-        [](A x, A t, const Maybe<T>& weight, const Maybe<T>& bias, double eps, bool centred, int threads) {
-          const Rows r(x, t);
-          Dense<T> value = like(x), first = like(t), second = like(t);
-          const flatkern::NormJetArgs<T> args = {r.rows,
+  m.def("norm_tangent", [](A unit, A inverse, A t, const Maybe<T>& weight, int threads) {
+    const Rows r(unit, t);
+    Dense<T> tangent = like(t);
+    const flatkern::NormTangentArgs<T> args = {r.rows,
+                                               r.cols,
+                                               r.k,
+                                               unit.data(),
+                                               in(inverse, r.rows),
+                                               in(t, r.k * unit.size()),
+                                               in(weight, r.cols),
+                                               tangent.mutable_data()};
+    spread_rows<T>(args, threads, kernels().jets(T{}).norm_tangent);
+    return tangent;
+  });
+  m.def("norm_curvature", [](A unit, A inverse, A t, A g, const Maybe<T>& weight, int threads) {
+    const Rows r(unit, t);
+    Dense<T> curvature = row_numbers(t);
+    const flatkern::NormCurvatureArgs<T> args = {r.rows,
                                                  r.cols,
                                                  r.k,
-                                                 x.data(),
-                                                 in(t, r.k * x.size()),
+                                                 unit.data(),
+                                                 in(inverse, r.rows),
+                                                 in(t, r.k * unit.size()),
+                                                 in(g, unit.size()),
                                                  in(weight, r.cols),
-                                                 in(bias, r.cols),
-                                                 eps,
-                                                 centred,
-                                                 value.mutable_data(),
-                                                 first.mutable_data(),
-                                                 second.mutable_data()};
-          spread_rows<T>(args, threads, kernels().jets(T{}).norm);
-          return py::make_tuple(value, first, second);
-        });
-  m.def("norm_pullback",
-        [](A x, A g, A t, A dg, const Maybe<T>& weight, double eps, bool centred, int threads) {
-          const Rows r(x, t);
-          Dense<T> cotangent = like(x), tangents = like(t);
-          const flatkern::NormPullbackArgs<T> args = {r.rows,
-                                                      r.cols,
-                                                      r.k,
-                                                      x.data(),
-                                                      in(g, x.size()),
-                                                      in(t, r.k * x.size()),
-                                                      in(dg, r.k * x.size()),
-                                                      in(weight, r.cols),
-                                                      eps,
-                                                      centred,
-                                                      cotangent.mutable_data(),
-                                                      tangents.mutable_data()};
-          spread_rows<T>(args, threads, kernels().jets(T{}).norm_pullback);
-          return py::make_tuple(cotangent, tangents);
-        });
+                                                 curvature.mutable_data()};
+    spread_rows<T>(args, threads, kernels().jets(T{}).norm_curvature);
+    return curvature;
+  });
 }
 
 }  // namespace

@@ -212,23 +212,35 @@ std::tuple<Tensor, Tensor> activation_pullback(Tensor z, Tensor g, Tensor t, Ten
   return {cotangent, tangents};
 }
 
-std::tuple<Tensor, Tensor, Tensor> softmax_jet(Tensor z, Tensor t, bool log) {
-  Tensor value = like(z), first = like(t), second = like(t);
-  dispatch(z, [&](auto zero) {
+// One number a tangent and row, in the dtype that E is computed in.
+Tensor row_numbers(const Tensor& t) {
+  const ScalarType wide = t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  return like(t, wide, t.sizes().size() - 1);
+}
+
+template <typename E>
+const wide_t<E>* row_numbers_in(const Tensor& x, std::int64_t rows) {
+  const bool wide = x.scalar_type() == (sizeof(wide_t<E>) == 8 ? ScalarType::Double : ScalarType::Float);
+  STD_TORCH_CHECK(wide && x.numel() == rows && x.is_contiguous(), "flatkern: there must be one number a row");
+  return static_cast<const wide_t<E>*>(x.const_data_ptr());
+}
+
+Tensor softmax_curvature(Tensor p, Tensor t, Tensor g, bool log) {
+  Tensor curvature = row_numbers(t);
+  dispatch(p, [&](auto zero) {
     using E = decltype(zero);
-    const Rows r(z, t);
-    const flatkern::SoftmaxJetArgs<E> args = {r.rows,
-                                              r.cols,
-                                              r.k,
-                                              in<E>(z, z, r.all()),
-                                              in<E>(t, z, r.k * r.all()),
-                                              log,
-                                              out<E>(value, z, r.all()),
-                                              out<E>(first, z, r.k * r.all()),
-                                              out<E>(second, z, r.k * r.all())};
-    run_rows<E>(z, args, kernels().jets(zero).softmax);
+    const Rows r(p, t);
+    const flatkern::SoftmaxCurvatureArgs<E> args = {r.rows,
+                                                    r.cols,
+                                                    r.k,
+                                                    in<E>(p, p, r.all()),
+                                                    in<E>(t, p, r.k * r.all()),
+                                                    in<E>(g, p, r.all()),
+                                                    log,
+                                                    static_cast<wide_t<E>*>(curvature.mutable_data_ptr())};
+    run_rows<E>(p, args, kernels().jets(zero).softmax_curvature);
   });
-  return {value, first, second};
+  return curvature;
 }
 
 void logsumexp(const Tensor& z, const Maybe& scale, const Tensor& v, const Tensor* excess,
@@ -237,16 +249,11 @@ void logsumexp(const Tensor& z, const Maybe& scale, const Tensor& v, const Tenso
     using E = decltype(zero);
     using T = wide_t<E>;
     const Rows r(z, v);
-    if (scale) {
-      const bool wide = scale->scalar_type() == (sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float);
-      STD_TORCH_CHECK(wide && scale->numel() == r.rows && scale->is_contiguous(),
-                      "flatkern: scale must hold one number a row");
-    }
     const flatkern::LogSumExpArgs<E> args = {r.rows,
                                              r.cols,
                                              r.k,
                                              in<E>(z, z, r.all()),
-                                             scale ? static_cast<const T*>(scale->const_data_ptr()) : nullptr,
+                                             scale ? row_numbers_in<E>(*scale, r.rows) : nullptr,
                                              in<E>(v, z, r.k * r.all()),
                                              excess ? static_cast<T*>(excess->mutable_data_ptr()) : nullptr,
                                              gradient ? out<E>(*gradient, z, r.all()) : nullptr,
@@ -268,50 +275,41 @@ std::tuple<Tensor, Tensor, Tensor> logsumexp_jet(Tensor z, Maybe scale, Tensor v
   return {excess, gradient, product};
 }
 
-std::tuple<Tensor, Tensor, Tensor> norm_jet(Tensor x, Tensor t, Maybe weight, Maybe bias, double eps,
-                                            bool centred) {
-  Tensor value = like(x), first = like(t), second = like(t);
-  dispatch(x, [&](auto zero) {
+Tensor norm_tangent(Tensor unit, Tensor inverse, Tensor t, Maybe weight) {
+  Tensor tangent = like(t);
+  dispatch(unit, [&](auto zero) {
     using E = decltype(zero);
-    const Rows r(x, t);
-    const flatkern::NormJetArgs<E> args = {r.rows,
-                                           r.cols,
-                                           r.k,
-                                           in<E>(x, x, r.all()),
-                                           in<E>(t, x, r.k * r.all()),
-                                           in<E>(weight, x, r.cols),
-                                           in<E>(bias, x, r.cols),
-                                           eps,
-                                           centred,
-                                           out<E>(value, x, r.all()),
-                                           out<E>(first, x, r.k * r.all()),
-                                           out<E>(second, x, r.k * r.all())};
-    run_rows<E>(x, args, kernels().jets(zero).norm);
+    const Rows r(unit, t);
+    const flatkern::NormTangentArgs<E> args = {r.rows,
+                                               r.cols,
+                                               r.k,
+                                               in<E>(unit, unit, r.all()),
+                                               row_numbers_in<E>(inverse, r.rows),
+                                               in<E>(t, unit, r.k * r.all()),
+                                               in<E>(weight, unit, r.cols),
+                                               out<E>(tangent, unit, r.k * r.all())};
+    run_rows<E>(unit, args, kernels().jets(zero).norm_tangent);
   });
-  return {value, first, second};
+  return tangent;
 }
 
-std::tuple<Tensor, Tensor> norm_pullback(Tensor x, Tensor g, Tensor t, Tensor dg, Maybe weight, double eps,
-                                         bool centred) {
-  Tensor cotangent = like(x), tangents = like(t);
-  dispatch(x, [&](auto zero) {
+Tensor norm_curvature(Tensor unit, Tensor inverse, Tensor t, Tensor g, Maybe weight) {
+  Tensor curvature = row_numbers(t);
+  dispatch(unit, [&](auto zero) {
     using E = decltype(zero);
-    const Rows r(x, t);
-    const flatkern::NormPullbackArgs<E> args = {r.rows,
-                                                r.cols,
-                                                r.k,
-                                                in<E>(x, x, r.all()),
-                                                in<E>(g, x, r.all()),
-                                                in<E>(t, x, r.k * r.all()),
-                                                in<E>(dg, x, r.k * r.all()),
-                                                in<E>(weight, x, r.cols),
-                                                eps,
-                                                centred,
-                                                out<E>(cotangent, x, r.all()),
-                                                out<E>(tangents, x, r.k * r.all())};
-    run_rows<E>(x, args, kernels().jets(zero).norm_pullback);
+    const Rows r(unit, t);
+    const flatkern::NormCurvatureArgs<E> args = {r.rows,
+                                                 r.cols,
+                                                 r.k,
+                                                 in<E>(unit, unit, r.all()),
+                                                 row_numbers_in<E>(inverse, r.rows),
+                                                 in<E>(t, unit, r.k * r.all()),
+                                                 in<E>(g, unit, r.all()),
+                                                 in<E>(weight, unit, r.cols),
+                                                 static_cast<wide_t<E>*>(curvature.mutable_data_ptr())};
+    run_rows<E>(unit, args, kernels().jets(zero).norm_curvature);
   });
-  return {cotangent, tangents};
+  return curvature;
 }
 
 }  // namespace
@@ -333,15 +331,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flatkern, m) {
   m.def(
       "activation_pullback_out(Tensor z, Tensor g, Tensor t, Tensor dg, int kind, float a, float b, "
       "Tensor(a!) cotangent, Tensor(b!) tangents) -> ()");
-  m.def("softmax_jet(Tensor z, Tensor t, bool log) -> (Tensor, Tensor, Tensor)");
+  m.def("softmax_curvature(Tensor p, Tensor t, Tensor g, bool log) -> Tensor");
   m.def("cross_entropy_hvp(Tensor z, Tensor? scale, Tensor v) -> Tensor");
   m.def("logsumexp_jet(Tensor z, Tensor? scale, Tensor v) -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "norm_jet(Tensor x, Tensor t, Tensor? weight, Tensor? bias, float eps, bool centred) -> "
-      "(Tensor, Tensor, Tensor)");
-  m.def(
-      "norm_pullback(Tensor x, Tensor g, Tensor t, Tensor dg, Tensor? weight, float eps, bool centred) -> "
-      "(Tensor, Tensor)");
+  m.def("norm_tangent(Tensor unit, Tensor inverse, Tensor t, Tensor? weight) -> Tensor");
+  m.def("norm_curvature(Tensor unit, Tensor inverse, Tensor t, Tensor g, Tensor? weight) -> Tensor");
 }
 
 // one implementation for both: the work is sent to where the primal lies
@@ -352,11 +346,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flatkern, m) {
   m.impl("activation_jet_out", TORCH_BOX(&activation_jet_out));                 \
   m.impl("activation_pullback", TORCH_BOX(&activation_pullback));               \
   m.impl("activation_pullback_out", TORCH_BOX(&activation_pullback_out));       \
-  m.impl("softmax_jet", TORCH_BOX(&softmax_jet));                               \
+  m.impl("softmax_curvature", TORCH_BOX(&softmax_curvature));                   \
   m.impl("cross_entropy_hvp", TORCH_BOX(&cross_entropy_hvp));                   \
   m.impl("logsumexp_jet", TORCH_BOX(&logsumexp_jet));                           \
-  m.impl("norm_jet", TORCH_BOX(&norm_jet));                                     \
-  m.impl("norm_pullback", TORCH_BOX(&norm_pullback))
+  m.impl("norm_tangent", TORCH_BOX(&norm_tangent));                             \
+  m.impl("norm_curvature", TORCH_BOX(&norm_curvature))
 
 STABLE_TORCH_LIBRARY_IMPL(flatkern, CPU, m) {
   FLATKERN_JETS(m);

@@ -126,10 +126,8 @@ def activation_pullback(
     return Pullback(*_native.activation_pullback(z, g, t, dg, *which, _threads(threads)))
 
 
-def softmax_jet(z: Floats, t: Floats, *, log: bool = False, threads: int = 1) -> Jet:
-    """softmax(z) over the last axis, or its logarithm, along tangents [k, *z.shape].
-
-    See `flatkern.kernels.softmax_jet`.
+def softmax_curvature(p: Floats, t: Floats, g: Floats, *, log: bool = False, threads: int = 1) -> Floats:
+    """⟨g, D²p[ż_j, ż_j]⟩ of p = softmax(z) over the last axis, or of log p; see `flatkern.kernels.softmax_curvature`.
 
     Raises:
         TypeError: not arrays of one dtype, float32 or float64 in native byte order.
@@ -137,13 +135,16 @@ def softmax_jet(z: Floats, t: Floats, *, log: bool = False, threads: int = 1) ->
 
     Example:
         >>> import numpy as np
-        >>> softmax_jet(np.zeros(2), np.array([[1.0, 0.0]])).first.tolist()
-        [[0.25, -0.25]]
+        >>> p, t = np.array([0.5, 0.5]), np.array([[1.0, 0.0]])
+        >>> softmax_curvature(p, t, np.array([1.0, 0.0]), log=True).tolist()
+        [-0.25]
     """
-    name = "softmax_jet"
-    z, t = _rows(name, "z", z), _dense(name, "t", t)
-    _tangents(name, "t", t, z)
-    return Jet(*_native.softmax_jet(z, t, bool(log), _threads(threads)))
+    name = "softmax_curvature"
+    p, t = _rows(name, "p", p), _dense(name, "t", t)
+    _tangents(name, "t", t, p)
+    g = _like(name, "g", g, p.shape, p)
+    curvature: Floats = _native.softmax_curvature(p, t, g, bool(log), _threads(threads))
+    return curvature
 
 
 def cross_entropy_hvp(z: Floats, v: Floats, *, scale: Floats | None = None, threads: int = 1) -> Floats:
@@ -167,144 +168,64 @@ def cross_entropy_hvp(z: Floats, v: Floats, *, scale: Floats | None = None, thre
     return product
 
 
-def layer_norm_jet(
-    x: Floats,
+def layer_norm_tangent(
+    unit: Floats, inverse: Floats, t: Floats, weight: Floats | None = None, *, threads: int = 1
+) -> Floats:
+    """The derivative of LayerNorm over the last axis along tangents [k, *unit.shape].
+
+    See `flatkern.kernels.layer_norm_tangent`.
+
+    Raises:
+        TypeError: not arrays of one dtype, float32 or float64 in native byte order.
+        ValueError: shapes that do not fit.
+
+    Example:
+        >>> import numpy as np
+        >>> unit, inverse = np.array([1.0, -1.0]), np.array(0.5)
+        >>> layer_norm_tangent(unit, inverse, np.array([[1.0, -1.0]])).tolist()
+        [[0.0, 0.0]]
+    """
+    given = _normalized("layer_norm_tangent", unit, inverse, t, weight)
+    tangent: Floats = _native.norm_tangent(*given, _threads(threads))
+    return tangent
+
+
+def layer_norm_curvature(
+    unit: Floats,
+    inverse: Floats,
     t: Floats,
-    weight: Floats | None = None,
-    bias: Floats | None = None,
-    *,
-    eps: float = 1e-5,
-    threads: int = 1,
-) -> Jet:
-    """LayerNorm over the last axis along tangents [k, *x.shape]; see `flatkern.kernels.layer_norm_jet`.
-
-    Raises:
-        TypeError: not arrays of one dtype, float32 or float64 in native byte order.
-        ValueError: shapes that do not fit, or a negative eps.
-
-    Example:
-        >>> import numpy as np
-        >>> layer_norm_jet(np.array([1.0, -1.0]), np.ones((1, 2)), eps=0.0).value.tolist()
-        [1.0, -1.0]
-    """
-    return _norm_jet("layer_norm_jet", x, t, weight, bias, eps, centred=True, threads=threads)
-
-
-def rms_norm_jet(
-    x: Floats, t: Floats, weight: Floats | None = None, *, eps: float | None = None, threads: int = 1
-) -> Jet:
-    """RMSNorm over the last axis along tangents [k, *x.shape]; see `flatkern.kernels.rms_norm_jet`.
-
-    Raises:
-        TypeError: not arrays of one dtype, float32 or float64 in native byte order.
-        ValueError: shapes that do not fit, or a negative eps.
-
-    Example:
-        >>> import numpy as np
-        >>> rms_norm_jet(np.array([3.0, 3.0]), np.ones((1, 2)), eps=0.0).value.tolist()
-        [1.0, 1.0]
-    """
-    return _norm_jet("rms_norm_jet", x, t, weight, None, _eps(x, eps), centred=False, threads=threads)
-
-
-def layer_norm_pullback(
-    x: Floats,
     g: Floats,
-    t: Floats,
-    dg: Floats,
     weight: Floats | None = None,
     *,
-    eps: float = 1e-5,
     threads: int = 1,
-) -> Pullback:
-    """A cotangent through LayerNorm, and its tangents; see `flatkern.kernels.layer_norm_pullback`.
+) -> Floats:
+    """⟨g, D²y[ẋ_j, ẋ_j]⟩ of y = LayerNorm(x) by rows; see `flatkern.kernels.layer_norm_curvature`.
 
     Raises:
         TypeError: not arrays of one dtype, float32 or float64 in native byte order.
-        ValueError: shapes that do not fit, or a negative eps.
+        ValueError: shapes that do not fit.
 
     Example:
         >>> import numpy as np
-        >>> x = np.array([1.0, -1.0])
-        >>> layer_norm_pullback(x, x, x[None], 0 * x[None], eps=0.0).cotangent.tolist()
-        [0.0, 0.0]
+        >>> unit, inverse = np.array([1.0, -1.0]), np.array(0.5)
+        >>> layer_norm_curvature(unit, inverse, np.array([[1.0, 0.0]]), unit).tolist()
+        [0.0]
     """
-    return _norm_pullback("layer_norm_pullback", x, g, t, dg, weight, eps, centred=True, threads=threads)
+    name = "layer_norm_curvature"
+    unit, inverse, t, weight = _normalized(name, unit, inverse, t, weight)
+    g = _like(name, "g", g, unit.shape, unit)
+    curvature: Floats = _native.norm_curvature(unit, inverse, t, g, weight, _threads(threads))
+    return curvature
 
 
-def rms_norm_pullback(
-    x: Floats,
-    g: Floats,
-    t: Floats,
-    dg: Floats,
-    weight: Floats | None = None,
-    *,
-    eps: float | None = None,
-    threads: int = 1,
-) -> Pullback:
-    """A cotangent through RMSNorm, and its tangents; see `flatkern.kernels.rms_norm_pullback`.
-
-    Raises:
-        TypeError: not arrays of one dtype, float32 or float64 in native byte order.
-        ValueError: shapes that do not fit, or a negative eps.
-
-    Example:
-        >>> import numpy as np
-        >>> x = np.array([1.0, -1.0])
-        >>> rms_norm_pullback(x, x, x[None], 0 * x[None], eps=0.0).cotangent.tolist()
-        [0.0, 0.0]
-    """
-    name = "rms_norm_pullback"
-    return _norm_pullback(name, x, g, t, dg, weight, _eps(x, eps), centred=False, threads=threads)
-
-
-def _norm_jet(
-    name: str,
-    x: Floats,
-    t: Floats,
-    weight: Floats | None,
-    bias: Floats | None,
-    eps: float,
-    *,
-    centred: bool,
-    threads: int,
-) -> Jet:
-    x, t = _rows(name, "x", x), _dense(name, "t", t)
-    _tangents(name, "t", t, x)
-    given = [
-        None if p is None else _like(name, argument, p, x.shape[-1:], x)
-        for argument, p in (("weight", weight), ("bias", bias))
-    ]
-    return Jet(*_native.norm_jet(x, t, *given, _positive(name, eps), centred, _threads(threads)))
-
-
-def _norm_pullback(
-    name: str,
-    x: Floats,
-    g: Floats,
-    t: Floats,
-    dg: Floats,
-    weight: Floats | None,
-    eps: float,
-    *,
-    centred: bool,
-    threads: int,
-) -> Pullback:
-    x, t = _rows(name, "x", x), _dense(name, "t", t)
-    _tangents(name, "t", t, x)
-    g, dg = _like(name, "g", g, x.shape, x), _like(name, "dg", dg, t.shape, x)
-    w = None if weight is None else _like(name, "weight", weight, x.shape[-1:], x)
-    return Pullback(*_native.norm_pullback(x, g, t, dg, w, _positive(name, eps), centred, _threads(threads)))
-
-
-def _eps(x: Any, eps: float | None) -> float:
-    return float(np.finfo(x.dtype).eps) if eps is None and isinstance(x, np.ndarray) else float(eps or 0.0)
-
-
-def _positive(name: str, eps: float) -> float:
-    if eps < 0:
-        raise ValueError(f"{name}: eps must not be negative, got {eps}")
-    return float(eps)
+def _normalized(
+    name: str, unit: Any, inverse: Any, t: Any, weight: Any
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any] | None]:
+    unit, t = _rows(name, "unit", unit), _dense(name, "t", t)
+    _tangents(name, "t", t, unit)
+    inverse = _like(name, "inverse", inverse, unit.shape[:-1], unit)
+    w = None if weight is None else _like(name, "weight", weight, unit.shape[-1:], unit)
+    return unit, inverse, t, w
 
 
 def _dense(name: str, argument: str, x: Any) -> NDArray[Any]:

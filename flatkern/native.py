@@ -29,11 +29,9 @@ from flatkern._native_jets import (
     activation_jet,
     activation_pullback,
     cross_entropy_hvp,
-    layer_norm_jet,
-    layer_norm_pullback,
-    rms_norm_jet,
-    rms_norm_pullback,
-    softmax_jet,
+    layer_norm_curvature,
+    layer_norm_tangent,
+    softmax_curvature,
 )
 
 __all__ = [
@@ -52,14 +50,12 @@ __all__ = [
     "gram",
     "gram_stats",
     "lanczos_step",
-    "layer_norm_jet",
-    "layer_norm_pullback",
+    "layer_norm_curvature",
+    "layer_norm_tangent",
     "normal",
     "rademacher",
     "rademacher_dot",
-    "rms_norm_jet",
-    "rms_norm_pullback",
-    "softmax_jet",
+    "softmax_curvature",
     "spd_logdet",
 ]
 

@@ -30,13 +30,13 @@ struct ActivationPullbackArgs {
   E *cotangent, *tangents;
 };
 
-// `rows` rows of `cols`; tangents rows * cols further on.
+// `rows` rows of `cols`; tangents rows * cols further on. Curvatures: one number a tangent and row.
 template <typename E>
-struct SoftmaxJetArgs {
+struct SoftmaxCurvatureArgs {
   std::int64_t rows, cols, k;
-  const E *z, *t;
+  const E *p, *t, *g;
   bool log;
-  E *value, *first, *second;
+  wide_t<E>* curvature;
 };
 
 // scale: one a row, null for 1; excess (log of the sum of exp(z - max z)) and gradient may be null.
@@ -50,22 +50,23 @@ struct LogSumExpArgs {
   E *gradient, *product;
 };
 
+// unit: what was normalized; inverse: 1 / sigma of every row. weight may be null.
 template <typename E>
-struct NormJetArgs {
+struct NormTangentArgs {
   std::int64_t rows, cols, k;
-  const E *x, *t, *weight, *bias;
-  double eps;
-  bool centred;
-  E *value, *first, *second;
+  const E* unit;
+  const wide_t<E>* inverse;
+  const E *t, *weight;
+  E* tangent;
 };
 
 template <typename E>
-struct NormPullbackArgs {
+struct NormCurvatureArgs {
   std::int64_t rows, cols, k;
-  const E *x, *g, *t, *dg, *weight;
-  double eps;
-  bool centred;
-  E *cotangent, *tangents;
+  const E* unit;
+  const wide_t<E>* inverse;
+  const E *t, *g, *weight;
+  wide_t<E>* curvature;
 };
 
 }  // namespace flatkern

@@ -172,7 +172,7 @@ void spd_pullback(const Matrices<T>& g, const T* weight, std::int64_t begin, std
     const auto usable = pivots.good & (bad == T(0));
     const V<T> w = load<T>(weights);
     const V<T> scale = usable ? w : (w == T(0) ? V<T>{} : broadcast(T(__builtin_nan(""))));
-    store_inverse<T>(a, c, inverse, usable, scale, m, to, lanes);
+    store_inverse<T>(a, c, inverse, usable, scale, m, to);
   }
 }
 

@@ -89,8 +89,7 @@ void gram_stats(const Matrices<T>& x, std::int64_t begin, std::int64_t end, cons
     const I all = I{} - 1, doubtful = c > x.cols ? all : (ratio < lost_below) | ~pivots.good;
     const I lost = (bad == 0.0) & doubtful;
     const V<double> logdet = logdet_of(pivots, bad);
-    if (out.inverse)
-      store_inverse<double>(a, c, inverse, (bad == 0.0) & ~doubtful, broadcast(1.0), m, to, lanes);
+    if (out.inverse) store_inverse<double>(a, c, inverse, (bad == 0.0) & ~doubtful, broadcast(1.0), m, to);
     store_lanes<double>(out.logdet + first, logdet, lanes);
     store_lanes<double>(out.trace + first, trace, lanes);
     store_lanes<double>(out.frobenius_sq + first, diagonal_sq + off_sq * 2.0, lanes);

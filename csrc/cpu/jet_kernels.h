@@ -21,11 +21,13 @@ struct JetKernels {
               std::int64_t begin, std::int64_t end);
   void (*pullback)(const ActivationSpec& spec, const ActivationPullbackArgs<E>& args, std::int64_t n,
                    std::int64_t begin, std::int64_t end);
-  void (*softmax)(const SoftmaxJetArgs<E>& args, std::int64_t begin, std::int64_t end, wide_t<E>* scratch);
+  void (*softmax_curvature)(const SoftmaxCurvatureArgs<E>& args, std::int64_t begin, std::int64_t end,
+                            wide_t<E>* scratch);
   void (*logsumexp)(const LogSumExpArgs<E>& args, std::int64_t begin, std::int64_t end, wide_t<E>* scratch);
-  void (*norm)(const NormJetArgs<E>& args, std::int64_t begin, std::int64_t end, wide_t<E>* scratch);
-  void (*norm_pullback)(const NormPullbackArgs<E>& args, std::int64_t begin, std::int64_t end,
-                        wide_t<E>* scratch);
+  void (*norm_tangent)(const NormTangentArgs<E>& args, std::int64_t begin, std::int64_t end,
+                       wide_t<E>* scratch);
+  void (*norm_curvature)(const NormCurvatureArgs<E>& args, std::int64_t begin, std::int64_t end,
+                         wide_t<E>* scratch);
 };
 
 inline std::int64_t jet_chunks(std::int64_t n) {
@@ -33,7 +35,7 @@ inline std::int64_t jet_chunks(std::int64_t n) {
 }
 
 inline std::int64_t scratch_entries(std::int64_t cols) {
-  return 2 * ((cols + kRowPadding - 1) / kRowPadding * kRowPadding);
+  return (cols + kRowPadding - 1) / kRowPadding * kRowPadding;
 }
 
 // Chunks and rows one thread should get at least.

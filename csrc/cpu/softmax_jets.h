@@ -1,5 +1,5 @@
-// Softmax and cross-entropy with their terms along tangents, row by row: the exponentials of a row are kept
-// in a scratch row, every tangent's row is read from memory once.
+// The second-order terms of softmax, and cross-entropy with its terms along tangents, row by row: the
+// exponentials of a row are kept in a scratch row, every tangent's row is read from memory once.
 #pragma once
 
 #include <cmath>
@@ -63,35 +63,27 @@ FLATKERN_INLINE wide_t<E> exponentials(const E* row, std::int64_t n, wide_t<E> t
   return sum;
 }
 
+// From the probabilities: the sum of p (g - <p, g>) (t - <p, t>)^2, or of its logarithm -sum(g) times the sum
+// of p (t - <p, t>)^2.
 template <typename E>
-void softmax_jet(const SoftmaxJetArgs<E>& a, std::int64_t begin, std::int64_t end, wide_t<E>* e) {
+void softmax_curvature(const SoftmaxCurvatureArgs<E>& a, std::int64_t begin, std::int64_t end, wide_t<E>*) {
   typedef wide_t<E> T;
   const std::int64_t n = a.cols;
-  if (n == 0) return;
   for (std::int64_t r = begin; r < end; ++r) {
-    const E* z = a.z + r * n;
-    const T top = largest(z, n), sum = exponentials(z, n, top, e, nullptr), per = T(1) / sum;
-    const T shift = std::log(sum);
-    each<E>(n, [&](std::int64_t i, int some) __attribute__((always_inline)) {
-      const V<T> p = load<T>(e + i) * per;
-      store<T>(e + i, p);
-      emit(a.value + r * n, i, some, a.log ? take(z, i, some) - top - shift : p);
+    const E *p = a.p + r * n, *g = a.g + r * n;
+    const T along = total<E>(n, [&](std::int64_t i, int some) __attribute__((always_inline)) {
+      return a.log ? take(g, i, some) : take(p, i, some) * take(g, i, some);
     });
     for (std::int64_t j = 0; j < a.k; ++j) {
-      const std::int64_t at = (j * a.rows + r) * n;
-      const E* t = a.t + at;
+      const E* t = a.t + (j * a.rows + r) * n;
       const T mean = total<E>(n, [&](std::int64_t i, int some) __attribute__((always_inline)) {
-        return load<T>(e + i) * take(t, i, some);
+        return take(p, i, some) * take(t, i, some);
       });
-      const T variance = total<E>(n, [&](std::int64_t i, int some) __attribute__((always_inline)) {
-        const V<T> c = take(t, i, some) - mean;
-        return load<T>(e + i) * c * c;
+      const T bent = total<E>(n, [&](std::int64_t i, int some) __attribute__((always_inline)) {
+        const V<T> c = take(t, i, some) - mean, q = take(p, i, some) * c * c;
+        return a.log ? q : q * (take(g, i, some) - along);
       });
-      each<E>(n, [&](std::int64_t i, int some) __attribute__((always_inline)) {
-        const V<T> p = load<T>(e + i), c = take(t, i, some) - mean;
-        emit(a.first + at, i, some, a.log ? c : p * c);
-        emit(a.second + at, i, some, a.log ? broadcast<T>(-variance) : p * (c * c - variance));
-      });
+      a.curvature[j * a.rows + r] = a.log ? -along * bent : bent;
     }
   }
 }

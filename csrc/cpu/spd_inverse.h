@@ -55,24 +55,72 @@ FLATKERN_INLINE void invert_rows(const V<T>* __restrict a, int i0, V<T>* __restr
   }
 }
 
-// The inverse times `scale`, both triangles, to to[0 .. lanes - 1], c x c each; it counts as zero for the
-// samples not in `usable`. `a` is a factor as ldl leaves it and is spoiled, `inverse` the reciprocal pivots,
-// `m` room for inverse_vectors(c).
+// Entries 0 .. count - 1 of every sample, side by side.
+template <typename T, int count>
+FLATKERN_INLINE void store_entries(T* const* to, const V<T>* entries) {
+  constexpr int tile = Simd<T>::tile, whole = count / tile * tile, width = Simd<T>::width;
+#pragma GCC unroll 8
+  for (int e = 0; e < whole; e += tile) store_tile<T>(to, e, entries + e, width);
+#pragma GCC unroll 4
+  for (int e = whole; e < count; ++e) store_element<T>(to, e, entries[e], width);
+}
+
+// store_inverse for C rows, in registers: M the inverse of the unit triangle, the sum of m_k' m_k / d_k over
+// its rows.
+template <typename T, int C>
+FLATKERN_INLINE void store_inverse_small(const V<T>* __restrict a, const V<T>* __restrict inverse,
+                                         typename Simd<T>::I usable, V<T> scale, T* const* to) {
+  V<T> m[C][C], out[C * C];
+#pragma GCC unroll 4
+  for (int i = 0; i < C; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < i; ++j) {
+      V<T> sum = a[packed(i, j)] * inverse[j];
+#pragma GCC unroll 4
+      for (int k = j + 1; k < i; ++k) sum += a[packed(i, k)] * inverse[k] * m[k][j];
+      m[i][j] = -sum;
+    }
+    m[i][i] = broadcast(T(1));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < C; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j <= i; ++j) {
+      V<T> sum = {};
+#pragma GCC unroll 4
+      for (int k = i; k < C; ++k) sum += m[k][i] * inverse[k] * m[k][j];
+      out[i * C + j] = out[j * C + i] = (usable ? sum : V<T>{}) * scale;
+    }
+  }
+  store_entries<T, C * C>(to, out);
+}
+
+// The inverse times `scale`, both triangles, to to[0 .. width - 1], c x c each; it counts as zero for the
+// samples not in `usable`. Lanes left over point to a sample that has the same values in another lane. `a` is
+// a factor as ldl leaves it and is spoiled, `inverse` the reciprocal pivots, `m` room for inverse_vectors(c).
 template <typename T>
 void store_inverse(V<T>* __restrict a, int c, const V<T>* __restrict inverse, typename Simd<T>::I usable,
-                   V<T> scale, V<T>* __restrict m, T* const* to, int lanes) {
-  constexpr int N = kInverseBlock, tile = Simd<T>::tile;
+                   V<T> scale, V<T>* __restrict m, T* const* to) {
+  switch (c) {
+    case 1:
+      return store_inverse_small<T, 1>(a, inverse, usable, scale, to);
+    case 2:
+      return store_inverse_small<T, 2>(a, inverse, usable, scale, to);
+    case 3:
+      return store_inverse_small<T, 3>(a, inverse, usable, scale, to);
+    case 4:
+      return store_inverse_small<T, 4>(a, inverse, usable, scale, to);
+    default:
+      break;
+  }
+  constexpr int N = kInverseBlock, tile = Simd<T>::tile, lanes = Simd<T>::width;
   const int pitch = inverse_pitch(c);
   for (int i = 0; i < c; ++i) {
     V<T>* row = a + packed(i, 0);
     for (int k = 0; k < i; ++k) row[k] *= inverse[k];
   }
   // the last block of rows moves back inside the matrix: the rows that overlap come out the same again
-  if (c < N) {
-    for (int i = 0; i < c; ++i) invert_rows<T, 1>(a, i, m, pitch);
-  } else {
-    for (int i = 0; i < c; i += N) invert_rows<T, N>(a, i + N <= c ? i : c - N, m, pitch);
-  }
+  for (int i = 0; i < c; i += N) invert_rows<T, N>(a, i + N <= c ? i : c - N, m, pitch);
   for (int i = 0; i < c; ++i) {
     const V<T> root = square_root(inverse[i]);
     V<T>* row = m + i * pitch;
@@ -80,9 +128,9 @@ void store_inverse(V<T>* __restrict a, int c, const V<T>* __restrict inverse, ty
   }
   // blocks of m^T m on and below the diagonal, which move back alike
   for (int start = 0; start < c; start += 4) {
-    const int i0 = start + 4 <= c || c < 4 ? start : c - 4;
+    const int i0 = start + 4 <= c ? start : c - 4;
     for (int at = 0; at < start + 4 && at < c; at += N) {
-      const int j0 = at + N <= c || c < N ? at : c - N;
+      const int j0 = at + N <= c ? at : c - N;
       V<T> acc[4][N] = {};
       for (int k = i0 < j0 ? j0 : i0; k < c; ++k) {
         const V<T>* row = m + k * pitch;
@@ -101,7 +149,7 @@ void store_inverse(V<T>* __restrict a, int c, const V<T>* __restrict inverse, ty
 #pragma GCC unroll 4
         for (int s = 0; s < N; ++s) acc[r][s] *= scale;
       }
-      if (c >= 4 && N % tile == 0) {
+      if constexpr (N % tile == 0) {
 #pragma GCC unroll 4
         for (int r = 0; r < 4; ++r) {
 #pragma GCC unroll 4
@@ -111,29 +159,17 @@ void store_inverse(V<T>* __restrict a, int c, const V<T>* __restrict inverse, ty
 #pragma GCC unroll 4
         for (int r = 0; r < 4; ++r) {
 #pragma GCC unroll 4
-          for (int s = 0; s < N; ++s) {
-            if (i0 + r < c && j0 + s < c) store_element<T>(to, (i0 + r) * c + j0 + s, acc[r][s], lanes);
-          }
+          for (int s = 0; s < N; ++s) store_element<T>(to, (i0 + r) * c + j0 + s, acc[r][s], lanes);
         }
       }
-      if (c >= 4) {
 #pragma GCC unroll 4
-        for (int s = 0; s < N; ++s) {
+      for (int s = 0; s < N; ++s) {
 #pragma GCC unroll 4
-          for (int r = 0; r < 4; r += tile) {
-            V<T> column[tile];
+        for (int r = 0; r < 4; r += tile) {
+          V<T> column[tile];
 #pragma GCC unroll 4
-            for (int t = 0; t < tile; ++t) column[t] = acc[r + t][s];
-            store_tile<T>(to, (j0 + s) * c + i0 + r, column, lanes);
-          }
-        }
-      } else {
-#pragma GCC unroll 4
-        for (int r = 0; r < 4; ++r) {
-#pragma GCC unroll 4
-          for (int s = 0; s < N; ++s) {
-            if (i0 + r < c && j0 + s < c) store_element<T>(to, (j0 + s) * c + i0 + r, acc[r][s], lanes);
-          }
+          for (int t = 0; t < tile; ++t) column[t] = acc[r + t][s];
+          store_tile<T>(to, (j0 + s) * c + i0 + r, column, lanes);
         }
       }
     }

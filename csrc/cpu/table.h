@@ -11,9 +11,9 @@
 namespace flatkern::cpu::FLATKERN_ISA {
 
 template <typename E>
-constexpr JetKernels<E> jet_kernels = {
-    activation_derivatives<E>, activation_jet<E>, activation_pullback<E>, softmax_jet<E>,
-    logsumexp_jet<E>,          norm_jet<E>,       norm_pullback<E>};
+constexpr JetKernels<E> jet_kernels = {activation_derivatives<E>, activation_jet<E>, activation_pullback<E>,
+                                       softmax_curvature<E>,      logsumexp_jet<E>,  norm_tangent<E>,
+                                       norm_curvature<E>};
 
 extern const ProbeKernels probe_table;
 extern const Kernels table;

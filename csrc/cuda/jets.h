@@ -16,13 +16,13 @@ template <typename E>
 int run(const ActivationSpec& spec, const ActivationPullbackArgs<E>& args, std::int64_t n, void* stream);
 
 template <typename E>
-int run(const SoftmaxJetArgs<E>& args, void* stream);
+int run(const SoftmaxCurvatureArgs<E>& args, void* stream);
 template <typename E>
 int run(const LogSumExpArgs<E>& args, void* stream);
 template <typename E>
-int run(const NormJetArgs<E>& args, void* stream);
+int run(const NormTangentArgs<E>& args, void* stream);
 template <typename E>
-int run(const NormPullbackArgs<E>& args, void* stream);
+int run(const NormCurvatureArgs<E>& args, void* stream);
 
 const char* error_string(int error);
 

@@ -1,6 +1,6 @@
-// Softmax, cross-entropy and norms with their terms along tangents: a block a row (rows strided over the
-// grid), sums by shuffles and one word a warp of shared memory. A row is read again for every pass, from the
-// caches where it fits; four passes over a tangent's row at most.
+// Cross-entropy with its terms along tangents, those of norms, and the second-order term of softmax: a block
+// a row (rows strided over the grid), sums by shuffles and one word a warp of shared memory. A row is read
+// again for every pass, from the caches where it fits; four passes over a tangent's row at most.
 #include <cuda_runtime.h>
 
 #include "jets.h"
@@ -73,29 +73,21 @@ __device__ __forceinline__ wide_t<E> peak(const E* z, std::int64_t n, std::int64
 }
 
 template <typename E>
-__global__ void __launch_bounds__(kMostThreads) softmax_rows(SoftmaxJetArgs<E> a) {
+__global__ void __launch_bounds__(kMostThreads) softmax_curvature_rows(SoftmaxCurvatureArgs<E> a) {
   typedef wide_t<E> T;
   const std::int64_t n = a.cols;
   for (std::int64_t r = blockIdx.x; r < a.rows; r += gridDim.x) {
-    const E* z = a.z + r * n;
-    const T top = peak(z, n, nullptr);
-    const auto e = [&](std::int64_t i) { return weight_of(widen(z[i]) - top); };
-    const T sum = total<T>(n, e), per = T(1) / sum, shift = log(sum);
-    E* value = a.value + r * n;
-    each(n, [&](std::int64_t i) { narrow(a.log ? widen(z[i]) - top - shift : e(i) * per, value + i); });
+    const E *p = a.p + r * n, *g = a.g + r * n;
+    const T along =
+        total<T>(n, [&](std::int64_t i) { return a.log ? T(widen(g[i])) : T(widen(p[i]) * widen(g[i])); });
     for (std::int64_t j = 0; j < a.k; ++j) {
-      const std::int64_t at = (j * a.rows + r) * n;
-      const E* t = a.t + at;
-      const T mean = per * total<T>(n, [&](std::int64_t i) { return e(i) * widen(t[i]); });
-      const T variance = per * total<T>(n, [&](std::int64_t i) {
-                           const T c = widen(t[i]) - mean;
-                           return e(i) * c * c;
-                         });
-      each(n, [&](std::int64_t i) {
-        const T p = e(i) * per, c = widen(t[i]) - mean;
-        narrow(a.log ? c : p * c, a.first + at + i);
-        narrow(a.log ? -variance : p * (c * c - variance), a.second + at + i);
+      const E* t = a.t + (j * a.rows + r) * n;
+      const T mean = total<T>(n, [&](std::int64_t i) { return widen(p[i]) * widen(t[i]); });
+      const T bent = total<T>(n, [&](std::int64_t i) {
+        const T c = widen(t[i]) - mean, q = widen(p[i]) * c * c;
+        return a.log ? q : T(q * (widen(g[i]) - along));
       });
+      if (threadIdx.x == 0) a.curvature[j * a.rows + r] = a.log ? -along * bent : bent;
     }
   }
 }
@@ -128,94 +120,55 @@ __global__ void __launch_bounds__(kMostThreads) logsumexp_rows(LogSumExpArgs<E> 
   }
 }
 
-// Mean and 1 / sigma of a row.
 template <typename E>
-struct Moments {
-  wide_t<E> mean, inverse;
-};
-
-template <typename E>
-__device__ __forceinline__ wide_t<E> mean_of(const E* row, std::int64_t n, bool wanted) {
+__device__ __forceinline__ wide_t<E> mean_of(const E* row, std::int64_t n) {
   typedef wide_t<E> T;
-  return wanted ? total<T>(n, [&](std::int64_t i) { return widen(row[i]); }) / static_cast<T>(n) : T(0);
+  return total<T>(n, [&](std::int64_t i) { return widen(row[i]); }) / static_cast<T>(n);
 }
 
 template <typename E>
-__device__ __forceinline__ Moments<E> moments(const E* x, std::int64_t n, double eps, bool centred) {
-  typedef wide_t<E> T;
-  const T mean = mean_of(x, n, centred);
-  const T square = total<T>(n, [&](std::int64_t i) {
-    const T c = widen(x[i]) - mean;
-    return c * c;
-  });
-  return {mean, T(1) / sqrt(square / static_cast<T>(n) + static_cast<T>(eps))};
-}
-
-template <typename E>
-__global__ void __launch_bounds__(kMostThreads) norm_rows(NormJetArgs<E> a) {
+__global__ void __launch_bounds__(kMostThreads) norm_tangent_rows(NormTangentArgs<E> a) {
   typedef wide_t<E> T;
   const std::int64_t n = a.cols;
   const T per = T(1) / static_cast<T>(n);
-  const auto weight = [&](std::int64_t i) { return a.weight ? widen(a.weight[i]) : T(1); };
   for (std::int64_t r = blockIdx.x; r < a.rows; r += gridDim.x) {
-    const E* x = a.x + r * n;
-    const Moments<E> m = moments(x, n, a.eps, a.centred);
-    const auto unit = [&](std::int64_t i) { return (widen(x[i]) - m.mean) * m.inverse; };
-    E* value = a.value + r * n;
-    each(n, [&](std::int64_t i) {
-      narrow(unit(i) * weight(i) + (a.bias ? widen(a.bias[i]) : T(0)), value + i);
-    });
+    const E* unit = a.unit + r * n;
+    const T inverse = a.inverse[r];
     for (std::int64_t j = 0; j < a.k; ++j) {
       const std::int64_t at = (j * a.rows + r) * n;
       const E* t = a.t + at;
-      const T mean = mean_of(t, n, a.centred);
-      const T p = per * total<T>(n, [&](std::int64_t i) { return unit(i) * (widen(t[i]) - mean); });
-      const T q = per * total<T>(n, [&](std::int64_t i) {
-                    const T c = widen(t[i]) - mean;
-                    return c * c;
-                  });
-      const T bend = (T(3) * p * p - q) * m.inverse * m.inverse, turn = T(-2) * p * m.inverse * m.inverse;
+      const T mean = mean_of(t, n);
+      const T p = per * total<T>(n, [&](std::int64_t i) { return widen(unit[i]) * (widen(t[i]) - mean); });
       each(n, [&](std::int64_t i) {
-        const T c = widen(t[i]) - mean, u = unit(i), w = weight(i);
-        narrow((c - u * p) * m.inverse * w, a.first + at + i);
-        narrow((u * bend + c * turn) * w, a.second + at + i);
+        const T w = (widen(t[i]) - mean - widen(unit[i]) * p) * inverse;
+        narrow(a.weight ? w * widen(a.weight[i]) : w, a.tangent + at + i);
       });
     }
   }
 }
 
 template <typename E>
-__global__ void __launch_bounds__(kMostThreads) norm_pullback_rows(NormPullbackArgs<E> a) {
+__global__ void __launch_bounds__(kMostThreads) norm_curvature_rows(NormCurvatureArgs<E> a) {
   typedef wide_t<E> T;
   const std::int64_t n = a.cols;
   const T per = T(1) / static_cast<T>(n);
-  const auto weight = [&](std::int64_t i) { return a.weight ? widen(a.weight[i]) : T(1); };
   for (std::int64_t r = blockIdx.x; r < a.rows; r += gridDim.x) {
-    const E *x = a.x + r * n, *g = a.g + r * n;
-    const Moments<E> m = moments(x, n, a.eps, a.centred);
-    const auto unit = [&](std::int64_t i) { return (widen(x[i]) - m.mean) * m.inverse; };
-    const auto raw = [&](std::int64_t i) { return widen(g[i]) * weight(i); };
-    const T mean_h = a.centred ? per * total<T>(n, raw) : T(0);
-    const auto h = [&](std::int64_t i) { return raw(i) - mean_h; };
-    const T along = per * total<T>(n, [&](std::int64_t i) { return h(i) * unit(i); });
-    E* cotangent = a.cotangent + r * n;
-    each(n, [&](std::int64_t i) { narrow((h(i) - unit(i) * along) * m.inverse, cotangent + i); });
+    const E *unit = a.unit + r * n, *g = a.g + r * n;
+    const auto h = [&](std::int64_t i) { return a.weight ? widen(g[i]) * widen(a.weight[i]) : widen(g[i]); };
+    const T along = total<T>(n, [&](std::int64_t i) { return widen(unit[i]) * h(i); });
+    const T inverse = a.inverse[r];
     for (std::int64_t j = 0; j < a.k; ++j) {
-      const std::int64_t at = (j * a.rows + r) * n;
-      const E *t = a.t + at, *dg = a.dg + at;
-      const T mean_t = mean_of(t, n, a.centred);
-      const auto c = [&](std::int64_t i) { return widen(t[i]) - mean_t; };
-      const auto dh = [&](std::int64_t i) { return widen(dg[i]) * weight(i); };
-      const T p = per * total<T>(n, [&](std::int64_t i) { return unit(i) * c(i); });
-      const T across = per * total<T>(n, [&](std::int64_t i) { return h(i) * c(i); });
-      const T own = per * total<T>(n, [&](std::int64_t i) { return unit(i) * dh(i); });
-      const T mean_dh = a.centred ? per * total<T>(n, dh) : T(0);
-      const T turn = own + m.inverse * (across - p * along);
-      each(n, [&](std::int64_t i) {
-        const T u = unit(i), pulled = h(i) - u * along;
-        const T bent = dh(i) - mean_dh - (c(i) - u * p) * (m.inverse * along) - u * turn;
-        narrow((bent - pulled * (p * m.inverse)) * m.inverse, a.tangents + at + i);
-      });
+      const E* t = a.t + (j * a.rows + r) * n;
+      const T mean = mean_of(t, n);
+      const T p = per * total<T>(n, [&](std::int64_t i) { return widen(unit[i]) * (widen(t[i]) - mean); });
+      const T q = per * total<T>(n, [&](std::int64_t i) {
+                    const T c = widen(t[i]) - mean;
+                    return c * c;
+                  });
+      const T across = total<T>(n, [&](std::int64_t i) { return h(i) * (widen(t[i]) - mean); });
+      if (threadIdx.x == 0) {
+        a.curvature[j * a.rows + r] = inverse * inverse * (along * (T(3) * p * p - q) - T(2) * p * across);
+      }
     }
   }
 }
@@ -234,8 +187,8 @@ int launch(void (*kernel)(Args), const Args& args, void* stream) {
 }  // namespace
 
 template <typename E>
-int run(const SoftmaxJetArgs<E>& args, void* stream) {
-  return launch(softmax_rows<E>, args, stream);
+int run(const SoftmaxCurvatureArgs<E>& args, void* stream) {
+  return launch(softmax_curvature_rows<E>, args, stream);
 }
 
 template <typename E>
@@ -244,20 +197,20 @@ int run(const LogSumExpArgs<E>& args, void* stream) {
 }
 
 template <typename E>
-int run(const NormJetArgs<E>& args, void* stream) {
-  return launch(norm_rows<E>, args, stream);
+int run(const NormTangentArgs<E>& args, void* stream) {
+  return launch(norm_tangent_rows<E>, args, stream);
 }
 
 template <typename E>
-int run(const NormPullbackArgs<E>& args, void* stream) {
-  return launch(norm_pullback_rows<E>, args, stream);
+int run(const NormCurvatureArgs<E>& args, void* stream) {
+  return launch(norm_curvature_rows<E>, args, stream);
 }
 
-#define FLATKERN_INSTANTIATE(E)                         \
-  template int run<E>(const SoftmaxJetArgs<E>&, void*); \
-  template int run<E>(const LogSumExpArgs<E>&, void*);  \
-  template int run<E>(const NormJetArgs<E>&, void*);    \
-  template int run<E>(const NormPullbackArgs<E>&, void*);
+#define FLATKERN_INSTANTIATE(E)                               \
+  template int run<E>(const SoftmaxCurvatureArgs<E>&, void*); \
+  template int run<E>(const LogSumExpArgs<E>&, void*);        \
+  template int run<E>(const NormTangentArgs<E>&, void*);      \
+  template int run<E>(const NormCurvatureArgs<E>&, void*);
 FLATKERN_INSTANTIATE(float)
 FLATKERN_INSTANTIATE(double)
 FLATKERN_INSTANTIATE(Bf16)

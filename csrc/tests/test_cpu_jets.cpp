@@ -6,6 +6,7 @@
 #include <random>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -106,13 +107,8 @@ class CpuJets : public testing::TestWithParam<std::tuple<std::string, int>> {
     const std::int64_t n = size(), k = 2, count = 5, all = n * count;
     if (n == 0) GTEST_SKIP() << "no columns";
     const std::vector<T> z = normals<T>(all, 1), t = normals<T>(k * all, 2), g = normals<T>(all, 3);
-    const std::vector<T> dg = normals<T>(k * all, 4), w = normals<T>(n, 5), scale = normals<T>(count, 6);
-    std::vector<T> a(all), b(k * all), c(k * all), excess(count), product(k * all);
-    std::vector<T> scratch(cpu::scratch_entries(n));
-    jets.softmax({count, n, k, z.data(), t.data(), false, a.data(), b.data(), c.data()}, 0, 2,
-                 scratch.data());
-    jets.softmax({count, n, k, z.data(), t.data(), false, a.data(), b.data(), c.data()}, 2, count,
-                 scratch.data());
+    const std::vector<T> w = normals<T>(n, 5), scale = normals<T>(count, 6);
+    std::vector<T> excess(count), product(k * all), scratch(cpu::scratch_entries(n));
     const LogSumExpArgs<T> l = {count,         n, k, z.data(), scale.data(), t.data(), excess.data(), nullptr,
                                 product.data()};
     jets.logsumexp(l, 0, count, scratch.data());
@@ -123,44 +119,52 @@ class CpuJets : public testing::TestWithParam<std::tuple<std::string, int>> {
       EXPECT_NEAR(excess[r], std::log(sum) - top, tolerance * 8);
       for (std::int64_t j = 0; j < k; ++j) {
         const std::int64_t at = (j * count + r) * n;
-        double mean = 0, variance = 0;
+        double mean = 0;
         for (std::int64_t i = 0; i < n; ++i)
           mean += std::exp(static_cast<double>(z[r * n + i])) / sum * t[at + i];
         for (std::int64_t i = 0; i < n; ++i) {
-          variance += std::exp(static_cast<double>(z[r * n + i])) / sum * std::pow(t[at + i] - mean, 2);
-        }
-        for (std::int64_t i = 0; i < n; ++i) {
           const double p = std::exp(static_cast<double>(z[r * n + i])) / sum, centred = t[at + i] - mean;
-          EXPECT_NEAR(a[r * n + i], p, tolerance * 8);
-          EXPECT_NEAR(b[at + i], p * centred, tolerance * 16);
-          EXPECT_NEAR(c[at + i], p * (centred * centred - variance), tolerance * 64);
           EXPECT_NEAR(product[at + i], scale[r] * p * centred, tolerance * 32);
         }
       }
     }
-    // the pullback's tangent is symmetric in the two directions of a second derivative: with dg = 0,
-    // <u, tangent along v> = <v, tangent along u>
-    const std::vector<T> zero(k * all);
-    std::vector<T> back(all), turned(k * all);
-    for (const bool centred : {false, true}) {
-      const NormPullbackArgs<T> p = {count,       n,        k,   z.data(), g.data(),    t.data(),
-                                     zero.data(), w.data(), 0.5, centred,  back.data(), turned.data()};
-      jets.norm_pullback(p, 0, count, scratch.data());
-      const NormJetArgs<T> j = {count,   n,   k,       z.data(), t.data(), w.data(),
-                                nullptr, 0.5, centred, a.data(), b.data(), c.data()};
-      jets.norm(j, 0, count, scratch.data());
-      for (std::int64_t r = 0; r < count; ++r) {
-        double one = 0, other = 0, forward = 0, backward = 0, bent = 0, twice = 0;
-        for (std::int64_t i = 0; i < n; ++i) {
-          const std::int64_t u = r * n + i, v = u + all;
-          one += static_cast<double>(t[u]) * turned[v], other += static_cast<double>(t[v]) * turned[u];
-          forward += static_cast<double>(g[u]) * b[u], backward += static_cast<double>(back[u]) * t[u];
-          bent += static_cast<double>(g[u]) * c[u], twice += static_cast<double>(t[u]) * turned[u];
-        }
-        const double slack = tolerance * 40 * (10 + static_cast<double>(n));
-        EXPECT_NEAR(one, other, slack);
-        EXPECT_NEAR(forward, backward, slack);  // <g, J t> = <J' g, t>
-        EXPECT_NEAR(bent, twice, slack);        // <g, D2[t, t]>
+    // any numbers in the place of probabilities and of what was normalized: the formulas are the same
+    std::vector<T> tangent(k * all), bent(k * count), soft(k * count), log_soft(k * count);
+    for (const auto& range : {std::make_pair(0, 2), std::make_pair(2, 5)}) {
+      const std::int64_t begin = range.first, end = range.second;
+      jets.norm_tangent({count, n, k, z.data(), scale.data(), t.data(), w.data(), tangent.data()}, begin, end,
+                        nullptr);
+      jets.norm_curvature({count, n, k, z.data(), scale.data(), t.data(), g.data(), w.data(), bent.data()},
+                          begin, end, nullptr);
+      jets.softmax_curvature({count, n, k, z.data(), t.data(), g.data(), false, soft.data()}, begin, end,
+                             nullptr);
+      jets.softmax_curvature({count, n, k, z.data(), t.data(), g.data(), true, log_soft.data()}, begin, end,
+                             nullptr);
+    }
+    for (std::int64_t e = 0; e < k * count; ++e) {
+      const std::int64_t r = e % count;
+      const T *u = &z[r * n], *d = &t[e * n], *h = &g[r * n];
+      const double size = static_cast<double>(n);
+      double mean = 0, weighted = 0, along = 0, sum = 0;
+      for (std::int64_t i = 0; i < n; ++i) {
+        mean += d[i] / size, weighted += static_cast<double>(u[i]) * d[i], sum += h[i];
+        along += static_cast<double>(u[i]) * h[i];
+      }
+      double p = 0, q = 0, across = 0, onto = 0, one = 0, other = 0;
+      for (std::int64_t i = 0; i < n; ++i) {
+        const double c = d[i] - mean, f = d[i] - weighted, y = static_cast<double>(h[i]) * w[i];
+        p += u[i] * c / size, q += c * c / size, across += y * c, onto += y * u[i];
+        one += u[i] * f * f * (h[i] - along), other += u[i] * f * f;
+      }
+      const double inverse = scale[r], scaled = (1 + std::abs(inverse)) * (1 + std::abs(inverse));
+      const double slack = tolerance * 40 * (10 + size * size) * scaled;
+      EXPECT_NEAR(bent[e], inverse * inverse * (onto * (3 * p * p - q) - 2 * p * across), slack);
+      EXPECT_NEAR(soft[e], one,
+                  tolerance * (10 + 40 * size) * (1 + weighted * weighted) * (10 + std::abs(along)));
+      EXPECT_NEAR(log_soft[e], -sum * other,
+                  tolerance * (10 + 40 * size) * (1 + weighted * weighted) * (10 + std::abs(sum)));
+      for (std::int64_t i = 0; i < n; ++i) {
+        EXPECT_NEAR(tangent[e * n + i], w[i] * (d[i] - mean - u[i] * p) * inverse, tolerance * 400 * scaled);
       }
     }
   }

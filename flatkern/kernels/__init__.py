@@ -1,5 +1,5 @@
 """Kernels over torch tensors: log-determinants and Gram matrices, ghost norms, random probes, a Lanczos step,
-attention, and activations, softmax, cross-entropy and norms with their second-order terms.
+attention, and activations, softmax, cross-entropy and layer norms with their second-order terms.
 
 Every operator is an ordinary differentiable function (`grad`, `jvp`, `vmap`, second order, `torch.compile`),
 and has two implementations with the same results: a pure-PyTorch reference and a compiled one (SIMD on the
@@ -24,10 +24,10 @@ from ._gram import gram
 from ._gram_spectrum import GramSpectrum, gram_singular_values, gram_spectrum
 from ._gram_stats import GramStats, gram_stats
 from ._lanczos_step import LanczosStep, lanczos_step
-from ._norm_jets import layer_norm_jet, layer_norm_pullback, rms_norm_jet, rms_norm_pullback
+from ._norm_jets import layer_norm_curvature, layer_norm_tangent
 from ._probes import normal, rademacher, rademacher_dot
 from ._select import KernelInfo, active
-from ._softmax_jets import CrossEntropyJet, cross_entropy_hvp, cross_entropy_jet, softmax_jet
+from ._softmax_jets import CrossEntropyJet, cross_entropy_hvp, cross_entropy_jet, softmax_curvature
 from ._spd_logdet import spd_logdet
 
 __all__ = [
@@ -54,13 +54,11 @@ __all__ = [
     "gram_spectrum",
     "gram_stats",
     "lanczos_step",
-    "layer_norm_jet",
-    "layer_norm_pullback",
+    "layer_norm_curvature",
+    "layer_norm_tangent",
     "normal",
     "rademacher",
     "rademacher_dot",
-    "rms_norm_jet",
-    "rms_norm_pullback",
-    "softmax_jet",
+    "softmax_curvature",
     "spd_logdet",
 ]

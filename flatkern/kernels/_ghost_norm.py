@@ -34,7 +34,7 @@ def ghost_norm(a: Tensor, g: Tensor, *, form: Form = "auto") -> Tensor:
     Returns:
         [...], float64: products in the dtype of the inputs, the sum over them in float64. Zero for T = 0.
 
-    Cost: the multiply-adds above. Workspace of the compiled kernel: at most 0.7 MiB a thread, whatever the sizes; of
+    Cost: the multiply-adds above. Workspace of the compiled kernel: at most 1 MiB a thread, whatever the sizes; of
         the reference 0.5 MiB (float32) a sample and cotangent. Derivatives form the gradient or the T × T products.
 
     Raises:

@@ -56,7 +56,7 @@ def define(name: str, operator: JetOperator) -> None:
 def call(name: str, setting: Setting, *operands: Tensor | None) -> tuple[Tensor, ...]:
     """The outputs of a jet: differentiable, batchable, traceable."""
     if _plain(operands):
-        return _run(name, setting, operands)
+        return run(name, setting, operands)
     return _apply(name, setting, *operands)
 
 
@@ -71,7 +71,8 @@ def _plain(operands: Operands) -> bool:
     return all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in operands)
 
 
-def _run(name: str, setting: Setting, operands: Operands) -> tuple[Tensor, ...]:
+def run(name: str, setting: Setting, operands: Operands) -> tuple[Tensor, ...]:
+    """The outputs of a jet, operands not checked and nothing watched: half the overhead of the public functions."""
     operator = _operators[name]
     first = operands[0]
     assert first is not None
@@ -105,7 +106,7 @@ def _moving(
 class _Jet(torch.autograd.Function):
     @staticmethod
     def forward(name: str, setting: Setting, *operands: Tensor | None) -> tuple[Tensor, ...]:
-        return _run(name, setting, operands)
+        return run(name, setting, operands)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -176,6 +177,17 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 """What the jets compute with; bfloat16 is accumulated in float32."""
 
 
+def wide_dtype(z: Tensor) -> torch.dtype:
+    """What z is computed in."""
+    return torch.float32 if z.dtype == torch.bfloat16 else z.dtype
+
+
+def wide(t: Tensor | None) -> Tensor:
+    """An operand in the dtype that it is computed in."""
+    assert t is not None
+    return t.float() if t.dtype == torch.bfloat16 else t
+
+
 def check_primal(name: str, argument: str, z: Tensor, *, axes: int = 0) -> None:
     """Raises TypeError for anything but a dense tensor of a supported dtype, ValueError for too few axes."""
     if not isinstance(z, Tensor):
@@ -192,13 +204,22 @@ def check_primal(name: str, argument: str, z: Tensor, *, axes: int = 0) -> None:
         )
 
 
-def check_like(name: str, argument: str, t: Tensor, shape: tuple[int, ...], z: Tensor) -> None:
-    """Raises where a tensor has not the shape, dtype and device that belong to the primal z."""
+def check_like(
+    name: str,
+    argument: str,
+    t: Tensor,
+    shape: tuple[int, ...],
+    z: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Raises where a tensor has not the shape, dtype (the primal's, unless given) and device that belong to z."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: {argument} must be a torch.Tensor, got {type(t).__name__}")
-    if t.dtype != z.dtype or t.device != z.device:
+    if t.device != z.device or t.dtype != (dtype or z.dtype):
+        wanted = f"; use {dtype} there" if dtype not in (None, z.dtype) else "; convert one of them"
         raise TypeError(
-            f"{name}: {argument} is {t.dtype} on {t.device}, the primal {z.dtype} on {z.device}; convert one of them"
+            f"{name}: {argument} is {t.dtype} on {t.device}, the primal {z.dtype} on {z.device}{wanted}"
         )
     if tuple(t.shape) != shape:
         raise ValueError(f"{name}: {argument} must have shape {shape}, got {tuple(t.shape)}")

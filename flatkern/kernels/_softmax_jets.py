@@ -1,4 +1,4 @@
-"""Softmax, its logarithm and cross-entropy with first and second-order terms, in two passes over a row."""
+"""Second-order terms of softmax and its logarithm, and cross-entropy with its Hessian, in two passes over a row."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ._activation_jets import Jet
 from ._jet_operator import (
     JetOperator,
     Operands,
@@ -17,10 +16,12 @@ from ._jet_operator import (
     check_primal,
     check_tangents,
     define,
+    wide,
+    wide_dtype,
 )
 from ._select import jets_available
 
-__all__ = ["CrossEntropyJet", "cross_entropy_hvp", "cross_entropy_jet", "softmax_jet"]
+__all__ = ["CrossEntropyJet", "cross_entropy_hvp", "cross_entropy_jet", "softmax_curvature"]
 
 
 class CrossEntropyJet(NamedTuple):
@@ -34,23 +35,23 @@ class CrossEntropyJet(NamedTuple):
     """ω (p ∘ ż_j − p ⟨p, ż_j⟩), [k, *logits]."""
 
 
-def softmax_jet(z: Tensor, t: Tensor, *, dim: int = -1, log: bool = False) -> Jet:
-    r"""p = softmax(z), or log p, with its first and second-order terms along k tangents.
+def softmax_curvature(p: Tensor, t: Tensor, g: Tensor, *, dim: int = -1, log: bool = False) -> Tensor:
+    r"""⟨g, D²p[ż_j, ż_j]⟩ of p = softmax(z), or of log p, position by position, for k tangents and one cotangent.
 
-    With m_j = ⟨p, ż_j⟩, c_j = ż_j − m_j and v_j = ⟨p, c_j²⟩: Dp = p ∘ c_j and D²p = p ∘ (c_j² − v_j); for the
-    logarithm c_j and −v_j (the same for all classes).
+    With m_j = ⟨p, ż_j⟩: Σ_c p_c (g_c − ⟨p, g⟩) (ż_jc − m_j)²; for the logarithm −Σ_c g_c · Σ_c p_c (ż_jc − m_j)².
 
     Args:
-        z: any shape and strides; float32, float64 or bfloat16 (accumulated in float32).
-        t: tangents [k, *z.shape].
+        p: softmax(z), any shape and strides; float32, float64 or bfloat16 (accumulated in float32).
+        t: tangents ż, [k, *p.shape].
+        g: the cotangent of the output, p's shape and dtype.
         dim: the axis of the classes; the last one is quickest.
         log: of the logarithm.
 
     Returns:
-        ``Jet(value [*z.shape], first [k, *z.shape], second [k, *z.shape])``.
+        [k, ...], p's shape without ``dim``; float32 for bfloat16, else p's dtype.
 
-    Cost: z and every tangent read once from memory where k + 1 rows fit into the caches. Derivatives of the results
-        are PyTorch's.
+    Cost: every operand read once from memory where a row fits into the caches, and nothing of the size of t written.
+        Derivatives of the result are PyTorch's.
 
     Raises:
         TypeError: another dtype, layout or device.
@@ -58,15 +59,17 @@ def softmax_jet(z: Tensor, t: Tensor, *, dim: int = -1, log: bool = False) -> Je
 
     Example:
         >>> import torch
-        >>> softmax_jet(torch.zeros(2), torch.tensor([[1.0, 0.0]])).first
-        tensor([[ 0.2500, -0.2500]])
+        >>> p, t = torch.tensor([0.5, 0.5]), torch.tensor([[1.0, 0.0]])
+        >>> softmax_curvature(p, t, torch.tensor([1.0, 0.0]), log=True)  # of log p_1: −p (1 − p)
+        tensor([-0.2500])
     """
-    name = "softmax_jet"
-    check_primal(name, "z", z, axes=1)
-    check_tangents(name, "t", t, z)
-    axis = _axis(name, z, dim)
-    outputs = call(name, (float(log),), _last(z, axis), _last(t, axis + 1))
-    return Jet(*(_back(o, axis + (i > 0)) for i, o in enumerate(outputs)))
+    name = "softmax_curvature"
+    check_primal(name, "p", p, axes=1)
+    check_tangents(name, "t", t, p)
+    check_like(name, "g", g, tuple(p.shape), p)
+    axis = _axis(name, p, dim)
+    (curvature,) = call(name, (float(log),), _last(p, axis), _last(t, axis + 1), _last(g, axis))
+    return curvature
 
 
 def cross_entropy_hvp(z: Tensor, v: Tensor, *, scale: Tensor | None = None, dim: int = -1) -> Tensor:
@@ -84,7 +87,7 @@ def cross_entropy_hvp(z: Tensor, v: Tensor, *, scale: Tensor | None = None, dim:
     Returns:
         [k, *z.shape] in z's dtype.
 
-    Cost: as :func:`softmax_jet`.
+    Cost: as :func:`softmax_curvature`, and the product is written.
 
     Raises:
         TypeError: another dtype, layout or device.
@@ -101,7 +104,7 @@ def cross_entropy_hvp(z: Tensor, v: Tensor, *, scale: Tensor | None = None, dim:
     axis = _axis(name, z, dim)
     rows = (*z.shape[:axis], *z.shape[axis + 1 :])
     if scale is not None:
-        check_like(name, "scale", scale, rows, z.new_empty(0, dtype=_wide_dtype(z)))
+        check_like(name, "scale", scale, rows, z, dtype=wide_dtype(z))
     (product,) = call(name, (), _last(z, axis), scale, _last(v, axis + 1))
     return _back(product, axis + 1)
 
@@ -134,7 +137,7 @@ def cross_entropy_jet(
     Returns:
         ``CrossEntropyJet(loss, gradient, product)``.
 
-    Cost: as :func:`softmax_jet`; smoothing reads the logits once more.
+    Cost: as :func:`cross_entropy_hvp`; smoothing reads the logits once more.
 
     Raises:
         TypeError: another dtype, layout or device.
@@ -157,11 +160,11 @@ def cross_entropy_jet(
         raise ValueError(f"{name}: target must have shape {rows}, got {tuple(target.shape)}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{name}: label_smoothing must lie in [0, 1], got {label_smoothing}")
-    classes, wide = z.shape[axis], _wide_dtype(z)
+    classes, dtype = z.shape[axis], wide_dtype(z)
     if weight is not None:
-        check_like(name, "weight", weight, (classes,), z.new_empty(0, dtype=wide))
+        check_like(name, "weight", weight, (classes,), z, dtype=dtype)
     last = _last(z, axis)
-    kept = (target != ignore_index).to(wide)
+    kept = (target != ignore_index).to(dtype)
     label = torch.where(target != ignore_index, target, 0).unsqueeze(-1)
     own = kept if weight is None else weight[label.squeeze(-1)] * kept
     own = own * (1 - label_smoothing)
@@ -169,21 +172,17 @@ def cross_entropy_jet(
     if label_smoothing:
         scale = own + kept * (label_smoothing * (1.0 if weight is None else weight.mean()))
     excess, gradient, product = call("logsumexp_jet", (), last, scale, _last(t, axis + 1))
-    top = last.amax(-1, keepdim=True).to(wide)
+    top = last.amax(-1, keepdim=True).to(dtype)
     below = (top - last.gather(-1, label)).squeeze(-1)
     loss = own * (below + excess)
     gradient = gradient.scatter_add(-1, label, -own.unsqueeze(-1).to(z.dtype))
     if label_smoothing:
-        even = z.new_ones(classes, dtype=wide) if weight is None else weight
+        even = z.new_ones(classes, dtype=dtype) if weight is None else weight
         even = (label_smoothing / classes) * even
         spread = kept.unsqueeze(-1) * even
         gradient = gradient - spread.to(z.dtype)
         loss = loss + kept * (((top - last) * even).sum(-1) + even.sum() * excess)
     return CrossEntropyJet(loss, _back(gradient, axis), _back(product, axis + 1))
-
-
-def _wide_dtype(z: Tensor) -> torch.dtype:
-    return torch.float32 if z.dtype == torch.bfloat16 else z.dtype
 
 
 def _axis(name: str, z: Tensor, dim: int) -> int:
@@ -203,22 +202,12 @@ def _back(x: Tensor, axis: int) -> Tensor:
 # -- the reference ---------------------------------------------------------------------------------------------
 
 
-def _wide(t: Tensor | None) -> Tensor:
-    assert t is not None
-    return t.float() if t.dtype == torch.bfloat16 else t
-
-
 def _softmax_reference(setting: Setting, operands: Operands) -> tuple[Tensor, ...]:
-    z, t = map(_wide, operands)
-    log_p = torch.log_softmax(z, -1)
-    p = log_p.exp()
-    centred = t - (p * t).sum(-1, keepdim=True)
-    square = centred * centred
-    variance = (p * square).sum(-1, keepdim=True)
-    dtype = cast(Tensor, operands[0]).dtype
+    p, t, g = map(wide, operands)
+    square = p * (t - (p * t).sum(-1, keepdim=True)).square()
     if setting[0]:
-        return log_p.to(dtype), centred.to(dtype), (-variance).expand_as(square).to(dtype).clone()
-    return p.to(dtype), (p * centred).to(dtype), (p * (square - variance)).to(dtype)
+        return (-g.sum(-1) * square.sum(-1),)
+    return (((g - (p * g).sum(-1, keepdim=True)) * square).sum(-1),)
 
 
 def _product_reference(setting: Setting, operands: Operands) -> tuple[Tensor, ...]:
@@ -227,7 +216,7 @@ def _product_reference(setting: Setting, operands: Operands) -> tuple[Tensor, ..
 
 def _logsumexp_reference(_setting: Setting, operands: Operands) -> tuple[Tensor, ...]:
     """log Σ exp(z − max z), ω p and ω p ∘ (v − ⟨p, v⟩)."""
-    z, v = _wide(operands[0]), _wide(operands[2])
+    z, v = wide(operands[0]), wide(operands[2])
     dtype = cast(Tensor, operands[0]).dtype
     top = z.detach().argmax(-1, keepdim=True)
     excess = torch.logsumexp(z - z.gather(-1, top), -1)
@@ -242,8 +231,10 @@ def _logsumexp_reference(_setting: Setting, operands: Operands) -> tuple[Tensor,
 
 
 def _softmax_compiled(setting: Setting, operands: Operands) -> tuple[Tensor, ...]:
-    z, t = (cast(Tensor, x).contiguous() for x in operands)
-    return cast(tuple[Tensor, ...], torch.ops.flatkern.softmax_jet(z, t, bool(setting[0])))
+    p, t, g = (cast(Tensor, x).contiguous() for x in operands)
+    if p.shape[-1] == 0:
+        return _softmax_reference(setting, operands)
+    return (torch.ops.flatkern.softmax_curvature(p, t, g, bool(setting[0])),)
 
 
 def _product_compiled(_setting: Setting, operands: Operands) -> tuple[Tensor, ...]:
@@ -256,7 +247,7 @@ def _logsumexp_compiled(_setting: Setting, operands: Operands) -> tuple[Tensor, 
     return cast(tuple[Tensor, ...], torch.ops.flatkern.logsumexp_jet(z, scale, v))
 
 
-define("softmax_jet", JetOperator(_softmax_compiled, _softmax_reference, (0, 1), (0, 1, 1)))
+define("softmax_curvature", JetOperator(_softmax_compiled, _softmax_reference, (0, 1, 0), (1,)))
 define("cross_entropy_hvp", JetOperator(_product_compiled, _product_reference, (0, 0, 1), (1,)))
 define("logsumexp_jet", JetOperator(_logsumexp_compiled, _logsumexp_reference, (0, 0, 1), (0, 0, 1)))
 
@@ -266,9 +257,11 @@ def _fresh(x: Tensor) -> Tensor:
 
 
 if jets_available():
-    torch.library.register_fake("flatkern::softmax_jet", lambda z, t, log: (_fresh(z), _fresh(t), _fresh(t)))
+    torch.library.register_fake(
+        "flatkern::softmax_curvature", lambda p, t, g, log: t.new_empty(t.shape[:-1], dtype=wide_dtype(t))
+    )
     torch.library.register_fake("flatkern::cross_entropy_hvp", lambda z, scale, v: _fresh(v))
     torch.library.register_fake(
         "flatkern::logsumexp_jet",
-        lambda z, scale, v: (z.new_empty(z.shape[:-1], dtype=_wide_dtype(z)), _fresh(z), _fresh(v)),
+        lambda z, scale, v: (z.new_empty(z.shape[:-1], dtype=wide_dtype(z)), _fresh(z), _fresh(v)),
     )

@@ -8,10 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flatkern.kernels._jet_operator import run
 from flatkern.residual.rule import Rule, Spread, Tangents
 from flatkern.tape import Op, Value
 
 __all__ = ["Normalized", "Product", "Quotient", "Softmax"]
+
+
+def _wide(t: Tensor) -> Tensor:
+    """Half precision as float32, which the kernels compute and sum in."""
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 
 class Product(Rule):
@@ -117,39 +123,43 @@ class Softmax(Rule):
         super().__init__(op, active)
         self._log = op.name == "_log_softmax"
         self._dim: int = op.args[1]
-        self._p = op.output.tensor.exp() if self._log else op.output.tensor
+        y = _wide(op.output.tensor)
+        self._p = y.exp() if self._log else y
+        self._kept = [*y.shape]
+        self._kept[self._dim] = 1
 
     def keeps(self) -> Iterable[Value]:
         """See :class:`Rule`."""
         return ()  # it holds what it reads
 
-    def _centred(self, tangents: Tangents) -> Tensor:
-        t = self._tangent(tangents, 0)
-        assert t is not None
-        return t - (self._p * t).sum(self._dim, keepdim=True)
-
     def push(self, tangents: Tangents) -> Tensor:
         """See :class:`Rule`."""
-        centred = self._centred(tangents)
-        return centred if self._log else self._p * centred
+        t = self._tangent(tangents, 0)
+        assert t is not None
+        if self._log:
+            return t - (self._p * t).sum(self._dim, keepdim=True).to(t.dtype)
+        # the Jacobian is symmetric: torch's own backward pass
+        return torch._softmax_backward_data(_wide(t), self._p, self._dim, self._p.dtype).to(t.dtype)
 
     def fold(self, cotangent: Tensor) -> None:
         """See :class:`Rule`."""
-        along = cotangent if self._log else cotangent * self._p
-        total = along.sum(self._dim, keepdim=True)
-        self._weight = -self._p * total if self._log else along - self._p * total
+        self._rows, self._weight = (
+            x.movedim(self._dim, -1).contiguous() for x in (self._p, _wide(cotangent))
+        )
 
     def contracted(self, tangents: Tangents, image: Callable[[], Tensor]) -> Tensor | None:
-        """See :class:`Rule`; ⟨ḡ, D²⟩ = Σ y (ḡ − ⟨y, ḡ⟩) (ẋ − m)²."""
-        if self._tangent(tangents, 0) is None:
+        """See :class:`Rule`."""
+        t = self._tangent(tangents, 0)
+        if t is None:
             return None
-        centred = self._centred(tangents)
-        return (self._weight * centred).mul_(centred)
+        t = _wide(t).movedim(self._dim, -1).unsqueeze(0)
+        (bent,) = run("softmax_curvature", (float(self._log),), (self._rows, t, self._weight))
+        return bent.view(self._kept)
 
 
 class Normalized(Rule):
-    """x̂ = (x − μ)/σ, then scaled by γ: with p = mean(x̂ ẋ) and w = Dx̂ = (ẋ − mean ẋ − x̂ p)/σ,
-    D²x̂ = −x̂ (mean(w²) + (1 − mean(x̂²)) p²/σ²) − 2 (p/σ) w; 1 − mean(x̂²) = ε/σ²."""
+    """x̂ = (x − μ)/σ, then scaled by γ: with c = ẋ − mean ẋ, p = mean(x̂ c) and q = mean(c²), Dx̂ = (c − x̂ p)/σ and
+    D²x̂ = (x̂ (3p² − q) − 2 p c)/σ²."""
 
     curved = True
 
@@ -161,54 +171,46 @@ class Normalized(Rule):
             self._lead = self._shape[: -len(op.args[1])]
             gamma, eps = op.args[2], op.args[4]
             self._gamma = None if gamma is None else gamma.tensor
+            self._scale = None if self._gamma is None else _wide(self._gamma).reshape(-1)
         else:  # native_group_norm(x, weight, bias, N, C, HxW, groups, eps)
             groups, eps = op.args[6], op.args[7]
             size = x.numel() // (x.shape[0] * groups)
             self._lead = torch.Size((x.shape[0], groups))
             gamma = op.args[1]
             self._gamma = None if gamma is None else gamma.tensor.reshape(-1, *[1] * (x.ndim - 2))
-        self._rows = x.reshape(-1, size)  # what is normalized together
-        self._unit, self._mean, self._inverse = torch.native_layer_norm(self._rows, [size], None, None, eps)
+            self._scale = None
+        # what is normalized together, and 1 / σ
+        self._unit, _, inverse = torch.native_layer_norm(_wide(x).reshape(-1, size), [size], None, None, eps)
+        self._inverse = inverse[:, 0].contiguous()
+        self._one = (1, *self._unit.shape)
 
     def keeps(self) -> Iterable[Value]:
         """See :class:`Rule`."""
         return ()  # it holds what it reads
 
-    def _image(self, t: Tensor) -> Tensor:
-        """w for the rows ẋ: the Jacobian is symmetric, so torch's own backward pass of the normalization gives it."""
-        w: Tensor = torch.ops.aten.native_layer_norm_backward(
-            t, self._rows, [t.shape[1]], self._mean, self._inverse, None, None, [True, False, False]
-        )[0]
-        return w
-
-    def _as_rows(self, t: Tensor) -> Tensor:
-        return t.reshape(self._rows.shape)
-
     def push(self, tangents: Tangents) -> Tensor:
         """See :class:`Rule`."""
         t = self._tangent(tangents, 0)
         assert t is not None
-        result = self._image(self._as_rows(t)).reshape(self._shape)
-        return result if self._gamma is None else result * self._gamma
+        rows = _wide(t).reshape(self._one)
+        (image,) = run("norm_tangent", (), (self._unit, self._inverse, rows, self._scale))
+        result = image.view(self._shape).to(t.dtype)
+        return result if self._gamma is None or self._scale is not None else result * self._gamma
 
     def fold(self, cotangent: Tensor) -> None:
         """See :class:`Rule`."""
-        self._weight = self._as_rows(cotangent if self._gamma is None else cotangent * self._gamma)
+        scaled = cotangent if self._gamma is None else cotangent * self._gamma
+        self._weight = _wide(scaled).reshape(self._unit.shape).contiguous()
         self._along = (self._weight * self._unit).sum(1)
-        self._epsilon = (1 - self._unit.square().mean(1)) * self._inverse[:, 0].square()
 
     def contracted(self, tangents: Tangents, image: Callable[[], Tensor]) -> Tensor | None:
         """See :class:`Rule`."""
         t = self._tangent(tangents, 0)
         if t is None:
             return None
-        t = self._as_rows(t)
-        ones = t.new_ones(t.shape[1])
-        w = self._image(t)
-        p = (self._unit * t) @ ones / t.shape[1]
-        square = (w * w) @ ones / t.shape[1] + self._epsilon * p.square()
-        bent = -self._along * square - 2 * p * self._inverse[:, 0] * ((self._weight * w) @ ones)
-        return bent.reshape(self._lead)
+        rows = _wide(t).reshape(self._one)
+        (bent,) = run("norm_curvature", (), (self._unit, self._inverse, rows, self._weight, None))
+        return bent.view(self._lead)
 
     def expected(self, spread: Spread) -> Tensor | None:
         """See :class:`Rule`: for variances v, E p² = mean(x̂² v)/d, E q = (1 − 1/d) mean v, E p c = (x̂ v − mean(x̂ v))/d
@@ -217,11 +219,11 @@ class Normalized(Rule):
             return None
         if spread.axis != len(self._shape) - 1:
             return None
-        variance = self._as_rows(spread.variance)
+        variance = _wide(spread.variance).reshape(self._unit.shape)
         d = variance.shape[1]
         weighted = self._unit * variance
         squared = (self._unit * weighted).mean(1) / d
         q = variance.mean(1) * (1 - 1 / d)
         spoken = (self._weight * (weighted - weighted.mean(1, keepdim=True))).sum(1) * (2 / d)
-        bent = (self._along * (3 * squared - q) - spoken) * self._inverse[:, 0].square()
+        bent = (self._along * (3 * squared - q) - spoken) * self._inverse.square()
         return bent.reshape(self._lead)

@@ -46,14 +46,12 @@ def own(name: str, x: Tensor) -> tuple[Tensor, ...]:
         "jet": lambda: kernels.activation_jet(z, t, "silu", s=dg),
         "first order": lambda: kernels.activation_jet(z, t, "tanh", order=1)[:2],
         "pullback": lambda: kernels.activation_pullback(z, g, t, dg, "softplus", beta=2.0),
-        "softmax": lambda: kernels.softmax_jet(z, t),
-        "log_softmax": lambda: kernels.softmax_jet(z, t, log=True),
+        "softmax": lambda: (kernels.softmax_curvature(z, t, g),),
+        "log_softmax": lambda: (kernels.softmax_curvature(z, t, g, log=True),),
         "hvp": lambda: (kernels.cross_entropy_hvp(z, t, scale=scale),),
         "cross_entropy": lambda: kernels.cross_entropy_jet(z, TARGET, t, weight=row),
-        "layer_norm": lambda: kernels.layer_norm_jet(z, t, row, row.sin(), eps=0.1),
-        "rms_norm": lambda: kernels.rms_norm_jet(z, t, row, eps=0.1),
-        "layer_norm pullback": lambda: kernels.layer_norm_pullback(z, g, t, dg, row, eps=0.1),
-        "rms_norm pullback": lambda: kernels.rms_norm_pullback(z, g, t, dg, eps=0.1),
+        "layer_norm": lambda: (kernels.layer_norm_tangent(z, scale, t, row),),
+        "layer_norm curvature": lambda: (kernels.layer_norm_curvature(z, scale, t, g, row),),
     }[name]()
 
 
@@ -74,13 +72,11 @@ def plain(name: str, x: Tensor) -> tuple[Tensor, ...]:
         "pullback": lambda: reference(
             "activation_pullback", (KINDS.index("softplus"), 2.0, 20.0), z, g, t, dg
         ),
-        "softmax": lambda: reference("softmax_jet", (0.0,), z, t),
-        "log_softmax": lambda: reference("softmax_jet", (1.0,), z, t),
+        "softmax": lambda: reference("softmax_curvature", (0.0,), z, t, g),
+        "log_softmax": lambda: reference("softmax_curvature", (1.0,), z, t, g),
         "hvp": lambda: reference("cross_entropy_hvp", (), z, scale, t),
-        "layer_norm": lambda: reference("norm_jet", (0.1, 1.0), z, t, row, row.sin()),
-        "rms_norm": lambda: reference("norm_jet", (0.1, 0.0), z, t, row, None),
-        "layer_norm pullback": lambda: reference("norm_pullback", (0.1, 1.0), z, g, t, dg, row),
-        "rms_norm pullback": lambda: reference("norm_pullback", (0.1, 0.0), z, g, t, dg, None),
+        "layer_norm": lambda: reference("norm_tangent", (), z, scale, t, row),
+        "layer_norm curvature": lambda: reference("norm_curvature", (), z, scale, t, g, row),
     }[name]()
 
 
@@ -94,12 +90,10 @@ ALL = (
     "hvp",
     "cross_entropy",
     "layer_norm",
-    "rms_norm",
-    "layer_norm pullback",
-    "rms_norm pullback",
+    "layer_norm curvature",
 )
 NAMES = pytest.mark.parametrize("name", ALL)
-FEW = pytest.mark.parametrize("name", ["pullback", "cross_entropy", "layer_norm pullback"])
+FEW = pytest.mark.parametrize("name", ["pullback", "cross_entropy", "layer_norm curvature"])
 
 
 @pytest.fixture
@@ -152,12 +146,12 @@ def test_vmap_over_single_operands(which, x):
     """Unbatched operands beside batched ones, the norms' weight among them."""
     t, weights = torch.stack([x, x.sin()]), torch.rand(4, 5, dtype=torch.float64) + 0.5
     with using(which):
-        many = vmap(lambda w: kernels.layer_norm_jet(x, t, w, x[0]).second)(weights)
-        pulled = vmap(lambda w: kernels.rms_norm_pullback(x, x, t, t, w).tangents, in_dims=1)(weights.mT)
+        many = vmap(lambda w: kernels.layer_norm_tangent(x, x[:, 0], t, w))(weights)
+        bent = vmap(lambda w: kernels.layer_norm_curvature(x, x[:, 0], t, x, w), in_dims=1)(weights.mT)
         jets = vmap(lambda d: kernels.activation_jet(x, d, "tanh").second)(torch.stack([t, 2 * t]))
         for i, w in enumerate(weights):
-            torch.testing.assert_close(many[i], kernels.layer_norm_jet(x, t, w, x[0]).second)
-            torch.testing.assert_close(pulled[i], kernels.rms_norm_pullback(x, x, t, t, w).tangents)
+            torch.testing.assert_close(many[i], kernels.layer_norm_tangent(x, x[:, 0], t, w))
+            torch.testing.assert_close(bent[i], kernels.layer_norm_curvature(x, x[:, 0], t, x, w))
         torch.testing.assert_close(jets[1], kernels.activation_jet(x, 2 * t, "tanh").second)
 
 
@@ -262,11 +256,11 @@ def test_opcheck():
         (ops.activation_jet_out, (z, t, None, 4, 1.0, 0.0, z.clone(), t.clone(), None)),
         (ops.activation_pullback, (z, g, t, dg, 6, 2.0, 20.0)),
         (ops.activation_pullback_out, (z, g, t, dg, 6, 2.0, 20.0, z.clone(), t.clone())),
-        (ops.softmax_jet, (z, t, True)),
+        (ops.softmax_curvature, (z, t, g, True)),
         (ops.cross_entropy_hvp, (z, None, t)),
         (ops.logsumexp_jet, (z, scale, t)),
-        (ops.norm_jet, (z, t, w, w, 1e-5, True)),
-        (ops.norm_pullback, (z, g, t, dg, w, 1e-5, False)),
+        (ops.norm_tangent, (z, scale, t, w)),
+        (ops.norm_curvature, (z, scale, t, g, None)),
     ):
         # not test_autograd_registration: derivatives belong to the Python function
         torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))

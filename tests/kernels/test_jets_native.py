@@ -44,7 +44,9 @@ def test_same_results_as_over_tensors(arrays, dtype):
         kernels.activation_derivatives(zt, "elu", alpha=0.3),
     )
     for log in (False, True):
-        check(native.softmax_jet(z, t, log=log), kernels.softmax_jet(zt, tt, log=log))
+        check(
+            (native.softmax_curvature(z, t, g, log=log),), (kernels.softmax_curvature(zt, tt, gt, log=log),)
+        )
     scale = np.linspace(0, 1, 5, dtype=dtype)
     check(
         (native.cross_entropy_hvp(z, t, scale=scale), native.cross_entropy_hvp(z, t)),
@@ -53,25 +55,40 @@ def test_same_results_as_over_tensors(arrays, dtype):
             kernels.cross_entropy_hvp(zt, tt),
         ),
     )
-    check(native.layer_norm_jet(z, t, w, g[0]), kernels.layer_norm_jet(zt, tt, wt, gt[0]))
-    check(native.rms_norm_jet(z, t, w), kernels.rms_norm_jet(zt, tt, wt))
-    check(native.layer_norm_pullback(z, g, t, dg, w), kernels.layer_norm_pullback(*tensors, wt))
-    check(native.rms_norm_pullback(z, g, t, dg, eps=0.1), kernels.rms_norm_pullback(*tensors, eps=0.1))
+    inverse = torch.from_numpy(scale)
+    check(
+        (native.layer_norm_tangent(z, scale, t, w), native.layer_norm_curvature(z, scale, t, g, w)),
+        (
+            kernels.layer_norm_tangent(zt, inverse, tt, wt),
+            kernels.layer_norm_curvature(zt, inverse, tt, gt, wt),
+        ),
+    )
 
 
 def test_threads_and_strides(arrays):
-    z, _, t, _ = arrays
+    z, g, t, _ = arrays
     many, tangents = np.tile(z, (400, 1)), np.tile(t, (1, 400, 1))
     for one, several in (
         (native.activation_jet(z, t, "gelu"), native.activation_jet(many, tangents, "gelu", threads=3)),
-        (native.softmax_jet(z, t), native.softmax_jet(many, tangents, threads=3)),
+        (
+            (native.cross_entropy_hvp(z, t),),
+            (native.cross_entropy_hvp(many, tangents, threads=3),),
+        ),
     ):
         for a, b in zip(one, several, strict=True):
             np.testing.assert_allclose(b, np.tile(a, (1,) * (a.ndim - 2) + (400, 1)), rtol=1e-13)
-    same = native.softmax_jet(np.asfortranarray(z), t[:, ::-1][:, ::-1])
-    np.testing.assert_array_equal(same.second, native.softmax_jet(z, t).second)
+    bent = native.softmax_curvature(z, t, g)
+    several = native.softmax_curvature(many, tangents, np.tile(g, (400, 1)), threads=3)
+    np.testing.assert_allclose(several, np.tile(bent, (1, 400)), rtol=1e-13)
+    same = native.softmax_curvature(np.asfortranarray(z), t[:, ::-1][:, ::-1], g)
+    np.testing.assert_array_equal(same, bent)
     assert native.activation_derivatives(np.zeros((0, 3)), "relu").bend.shape == (0, 3)
-    assert native.layer_norm_jet(np.zeros((0, 3)), np.zeros((2, 0, 3))).second.shape == (2, 0, 3)
+    nothing, tangents = np.zeros((0, 3)), np.zeros((2, 0, 3))
+    assert native.layer_norm_tangent(nothing, nothing[:, 0], tangents).shape == (2, 0, 3)
+    assert (
+        native.softmax_curvature(np.zeros((3, 0)), np.zeros((2, 3, 0)), np.zeros((3, 0))).tolist()
+        == [[0.0] * 3] * 2
+    )
 
 
 def test_refusals(arrays):
@@ -79,18 +96,18 @@ def test_refusals(arrays):
     with pytest.raises(TypeError, match=r"numpy\.ndarray"):
         native.activation_derivatives([1.0], "relu")
     with pytest.raises(TypeError, match="float32 or float64"):
-        native.softmax_jet(z.astype(np.float16), t)
+        native.softmax_curvature(z.astype(np.float16), t, g)
     with pytest.raises(TypeError, match="convert one"):
         native.activation_jet(z, t.astype(np.float32), "relu")
     with pytest.raises(ValueError, match="kinds are"):
         native.activation_derivatives(z, "swish")
     with pytest.raises(ValueError, match=r"t\[None\]"):
-        native.softmax_jet(z, g)
+        native.softmax_curvature(z, g, g)
     with pytest.raises(ValueError, match="scale must have shape"):
         native.cross_entropy_hvp(z, t, scale=z)
     with pytest.raises(ValueError, match="at least 1 axis"):
-        native.rms_norm_jet(np.array(1.0), np.ones(1))
-    with pytest.raises(ValueError, match="eps"):
-        native.layer_norm_jet(z, t, eps=-1.0)
+        native.layer_norm_tangent(np.array(1.0), np.array(1.0), np.ones(1))
+    with pytest.raises(ValueError, match="inverse must have shape"):
+        native.layer_norm_curvature(z, z, t, g)
     with pytest.raises(ValueError, match="threads"):
-        native.softmax_jet(z, t, threads=0)
+        native.softmax_curvature(z, t, g, threads=0)

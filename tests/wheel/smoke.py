@@ -30,7 +30,8 @@ def calls() -> dict[str, Callable[[], Any]]:
         return torch.randn(*shape, dtype=DTYPE, generator=random)
 
     x, z, t, g = draw(50, 6, 20), draw(7, 12), draw(3, 7, 12), draw(7, 12)
-    weight, bias, target = draw(12), draw(12), torch.arange(7)
+    weight, target = draw(12), torch.arange(7)
+    y, image, cotangents = draw(50, 6, 9), draw(3, 2, 5, 5), draw(2, 3, 4, 5, 5)
     gram, beta = x @ x.mT, torch.full((7,), 0.5, dtype=DTYPE)
     return {
         "spd_logdet": lambda: kernels.spd_logdet(gram),
@@ -45,13 +46,15 @@ def calls() -> dict[str, Callable[[], Any]]:
         "activation_derivatives": lambda: kernels.activation_derivatives(z, "gelu"),
         "activation_jet": lambda: kernels.activation_jet(z, t, "silu"),
         "activation_pullback": lambda: kernels.activation_pullback(z, g, t, t, "tanh"),
-        "softmax_jet": lambda: kernels.softmax_jet(z, t),
+        "softmax_curvature": lambda: kernels.softmax_curvature(z.softmax(-1), t, g),
         "cross_entropy_hvp": lambda: kernels.cross_entropy_hvp(z, t),
         "cross_entropy_jet": lambda: kernels.cross_entropy_jet(z, target, t),
-        "layer_norm_jet": lambda: kernels.layer_norm_jet(z, t, weight, bias),
-        "layer_norm_pullback": lambda: kernels.layer_norm_pullback(z, g, t, t, weight),
-        "rms_norm_jet": lambda: kernels.rms_norm_jet(z, t, weight),
-        "rms_norm_pullback": lambda: kernels.rms_norm_pullback(z, g, t, t, weight),
+        "layer_norm_tangent": lambda: kernels.layer_norm_tangent(z, beta, t, weight),
+        "layer_norm_curvature": lambda: kernels.layer_norm_curvature(z, beta, t, g, weight),
+        "ghost_norm": lambda: kernels.ghost_norm(x, y),
+        "ghost_norm, form gram": lambda: kernels.ghost_norm(x, y, form="gram"),
+        "conv_ghost_norm": lambda: kernels.conv_ghost_norm(image, cotangents, (3, 3), padding=1),
+        "ghost_gram": lambda: kernels.ghost_gram(x[:5], y[None, :5], x[5:9], y[None, 5:9]),
     }
 
 
