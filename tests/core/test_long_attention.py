@@ -48,6 +48,18 @@ class Heads(nn.Module):
         return self.head(torch.tanh(mixed.transpose(1, 2).flatten(2).mean(1)))
 
 
+class WeighedByValues(nn.Module):
+    """One layer makes values and mask; queries and keys are the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.v, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = self.v(x)
+        return self.head(F.scaled_dot_product_attention(x, x, v, v[..., :1].mT.expand(-1, 5, -1)).mean(1))
+
+
 class SequenceFirst(nn.Module):
     """Has the samples on axis 1 inside."""
 
@@ -67,6 +79,7 @@ MODELS = {
     "padding mask": lambda: Heads("padding"),
     "learned bias": lambda: Heads("learned"),
     "mask of the input": lambda: Heads("of the input"),
+    "values in the mask": WeighedByValues,
     "encoder layer": Block,
     "learned queries": CrossAttention,
     "sequence first": SequenceFirst,
