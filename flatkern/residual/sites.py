@@ -125,7 +125,7 @@ class Sites:
             expected = rule.expected(spread)
             if expected is not None:
                 (mixed if spread.mixed else own)[change] = expected
-        everything = sum(own) + sum(mixed) == self._reach[source]
+        everything = sum(own) + sum(mixed) == self._reach.get(source, 0)
         if own and mixed and not everything:
             # leaving the mixed ones out takes a product of its own a probe
             sizes = [sum(float(e.abs().sum()) for e in part.values()) for part in (own, mixed)]
