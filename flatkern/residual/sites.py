@@ -59,6 +59,8 @@ class Sites:
             read = {v.index for s in self._steps if s.rule is not None for v in s.rule.reads()}
             self._let_go(chunk, chunk.tape.values, kept | read)
         self._cotangents(chunk, residual)
+        for value in chunk.tape.values:
+            value.edge = None  # the graph below the first site still has what it saved
         self._constant = torch.zeros(self._n, dtype=torch.float64, device=self._like.device)
         self._close(local, chunk, kept)
         self._plan()
