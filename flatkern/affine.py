@@ -186,7 +186,10 @@ def _spoiled_by(node: Node, name: str, inputs: list[_Masks], reached: int) -> in
     if name in _BATCH_NORMS and getattr(node, "_saved_training", True) is False:
         return _twice([have(0), have(1)])
     if name.startswith(_ATTENTION) or is_attention(node):
-        return have(0) | have(1) | (reached & ~(have(0) | have(1) | have(2)))
+        beside = 0  # all but the value
+        for place in range(len(inputs)):
+            beside |= have(place) if place != 2 else 0
+        return beside
     if name == "EmbeddingBag":
         return _twice([have(0), have(1)])
     return reached

@@ -40,12 +40,14 @@ class RecordedPull:
         """``first`` is the run on ``x``.
 
         Raises:
-            UnsupportedError: a parameter has a use without a rule.
+            UnsupportedError: a parameter has a use without a rule, or ``x`` has too few samples to tell their axis.
             ValueError: samples influence one another.
         """
         self._model, self._parameters, self._forward = model, parameters, forward
         self._max_memory = max_memory
         n, output = count_samples(x), first.output.detach()
+        if n <= _FEW:
+            raise UnsupportedError("too few samples to tell their axis from others")
         with preserve_state(model):
             _, few = record(model, take(x, slice(0, _FEW)), parameters, forward)
         with preserve_state(model):

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flatkern import kernels
 from flatkern.attention_form import attention_forms
+from flatkern.kernels._attention import autocast
 
 __all__ = ["Op", "Recorder", "Tape", "UnsupportedError", "Value", "record", "substitute"]
 
@@ -217,8 +218,9 @@ class Recorder(TorchDispatchMode):
         self.tape.ops.append(Op(func, noted, noted_kwargs, tuple(outputs), in_place))
         return result
 
-    def attention(self, *args: Any, **kwargs: Any) -> Tensor:
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, *more: Any, **kwargs: Any) -> Tensor:
         """Attention by query blocks, noted as one operation: its weights T × T are on no tape."""
+        args = (*autocast(query, key, value), *more)  # the operation is to be the same outside of autocast
         self._off = True
         try:
             noted = self._arguments(args), self._arguments(kwargs)

@@ -47,6 +47,8 @@ PILOT_DRAWS = 2
 PILOT_PROBES = 3
 PILOT_FREEDOM = 128
 """Degrees of freedom of the pilot's spread, at least."""
+SAME = 0.01
+"""Relative difference up to which residuals are those of the survey."""
 MOST_PROBES = 16
 """Where more are planned on average, the exact Gauss-Newton trace is small beside them."""
 _COST = {Sites: 1.25, Twice: 4.0}
@@ -147,7 +149,7 @@ class Allotment:
 
         def planned(number: int, x: Any) -> list[tuple[Part, Share]]:
             if number >= len(batches) or count_samples(x) != len(batches[number]):
-                raise ValueError("data: it gave other batches when it was gone through again")
+                raise UnsupportedError("batches of other sizes when the data is gone through again")
             parts = [part.tolist() for part in batches[number].order.split(batches[number].step)]
             return list(zip(parts, shares[number], strict=True))
 
@@ -186,7 +188,7 @@ class Allotment:
             return []
         for batch in batches:
             batch.measure(residual, square)
-        return batches
+        return batches if batches[0].tells() else []  # the pilot is on the first
 
     def _sizes(self, x: Any, y: Tensor | None, part: slice) -> tuple[Tensor, Tensor, float]:
         """‖∂ℓ_i/∂f_i‖, ‖s_ik‖² and the part of the denominator."""
@@ -198,9 +200,8 @@ class Allotment:
                 output, target = model(inputs.clone()), y[part]
             else:
                 output, target = forward(model, inputs)
-        residual = output_gradient(loss, output, target)
         squares = columns_of(loss, output, target).double().square().flatten(2).sum(2).T
-        return residual.double().flatten(1).norm(dim=1), squares, float(loss.weight(output, target))
+        return _norms(loss, output, target), squares, float(loss.weight(output, target))
 
     def _pilot(self, batch: Batch) -> tuple[Expected, float] | None:
         """What to expect, from some samples of the first batch, and the cost of a probe."""
@@ -210,17 +211,21 @@ class Allotment:
             return None
         chosen, counts = batch.some(PILOT)
         probes = max(PILOT_PROBES, 1 + math.ceil(PILOT_FREEDOM / len(chosen)))
-        sketches, residuals, cost = [], [], 0.0
+        norms, sketches, residuals, cost = [], [], [], 0.0
         for inputs, chunk, target in runs.chunks(x, y, [part.tolist() for part in chosen.split(batch.step)]):
             lin, output = self._linearized(chunk, inputs), chunk.output.detach()
             sketches.append(sketch.draws(lin, output, target, Way(0, 1, PILOT_DRAWS))[0])
             del lin
+            norms.append(_norms(runs.loss, output, target))
             evaluator, _ = runs.evaluator(chunk, target, self._method)
             if evaluator is None:
                 return None
             cost = _COST[type(evaluator)]
             residuals.append(torch.stack([evaluator.draw(runs.generator) for _ in range(probes)]))
             del inputs, chunk, output, evaluator
+        seen = batch.residuals[chosen]
+        if (torch.cat(norms) - seen).norm() > SAME * seen.norm():
+            return None  # a loader that shuffles: these are other samples
         return expected(batch, chosen, counts, torch.cat(sketches, 1), torch.cat(residuals, 1)), cost
 
     def _plan(self, batches: list[Batch], spread: Expected, cost: float) -> list[list[Share]] | None:
@@ -290,6 +295,11 @@ class Allotment:
             how=residual.how,
             notes=tuple(sketch.notes),
         )
+
+
+def _norms(loss: Loss, output: Tensor, target: Tensor) -> Tensor:
+    """‖∂ℓ_i/∂f_i‖, [n]."""
+    return output_gradient(loss, output, target).double().flatten(1).norm(dim=1)
 
 
 @dataclass

@@ -41,9 +41,9 @@ class Batch:
     def __len__(self) -> int:
         return len(self.residuals)
 
-    def parts(self) -> list[list[int]]:
-        """The samples of each chunk."""
-        return [part.tolist() for part in self.order.split(self.step)]
+    def tells(self) -> bool:
+        """Whether there is a residual and curvature to go by."""
+        return bool(self.residuals.square().sum() > 0) and bool(self.squares.square().sum() > 0)
 
     def some(self, count: int) -> tuple[Tensor, Tensor]:
         """About so many samples, large ones with more probability, and their inverse probabilities."""

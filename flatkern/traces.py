@@ -85,7 +85,8 @@ def hessian_trace(
         A :class:`HessianTrace`: ``stderr`` is the estimator's own error, √(Σ_i s_i²/k) over the samples' own k values
         (a bound on it where one draw was enough), and 0 where everything was exact; ``sample_stderr`` is that of the
         mean over samples with the estimator's part taken out. ``exact`` and ``sampled`` name the parameters.
-        ``samples`` holds the k probe values, where all data samples had as many and the GGN part is exact.
+        ``samples`` holds the k probe values; ``None`` where both parts were planned together, or a parameter was left
+        to the plain estimator.
 
     Cost: the GGN trace, one forward and one backward pass, and 0.2 to 1 gradients a probe (of which 2 or 3 mostly do);
     with a sketched GGN part a forward pass and a pilot more, but 1 to 5 cotangents a sample instead of one less than

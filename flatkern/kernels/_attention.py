@@ -63,11 +63,8 @@ def attention(
                 [2.3395]])
     """
     _check(query, key, value, attn_mask, is_causal)
-    kind = query.device.type
-    if torch.is_autocast_enabled(kind):  # as torch's own does
-        dtype = torch.get_autocast_dtype(kind)
-        query, key, value = (t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value))
-    dtype = query.dtype
+    query, key, value = autocast(query, key, value)
+    kind, dtype = query.device.type, query.dtype
     if dtype in (torch.bfloat16, torch.float16):
         query, key, value = query.float(), key.float(), value.float()
     if attn_mask is not None and attn_mask.dtype != torch.bool:
@@ -76,6 +73,15 @@ def attention(
         key, value = shared_heads(key, query), shared_heads(value, query)
     with torch.autocast(kind, enabled=False):
         return _canonical(query, key, value, attn_mask, is_causal, scale).to(dtype)
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What autocast makes of torch's own arguments, where it is on."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def _canonical(

@@ -40,7 +40,7 @@ class Elementwise(Rule):
 
     def reads(self) -> Iterable[Value]:
         """See :class:`Rule`."""
-        return (self.op.output,) if self.op.name in _BY_OUTPUT else (self.op.args[0], self.op.output)
+        return (self.op.output,) if self.op.name in _BY_OUTPUT else (*self.op.inputs, self.op.output)
 
     def prepare(self) -> None:
         """See :class:`Rule`."""

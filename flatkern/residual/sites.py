@@ -59,6 +59,8 @@ class Sites:
             read = {v.index for s in self._steps if s.rule is not None for v in s.rule.reads()}
             self._let_go(chunk, chunk.tape.values, kept | read)
         self._cotangents(chunk, residual)
+        for value in chunk.tape.values:
+            value.edge = None  # the graph below the first site still has what it saved
         self._constant = torch.zeros(self._n, dtype=torch.float64, device=self._like.device)
         self._close(local, chunk, kept)
         self._plan()
@@ -125,7 +127,7 @@ class Sites:
             expected = rule.expected(spread)
             if expected is not None:
                 (mixed if spread.mixed else own)[change] = expected
-        everything = sum(own) + sum(mixed) == self._reach[source]
+        everything = sum(own) + sum(mixed) == self._reach.get(source, 0)
         if own and mixed and not everything:
             # leaving the mixed ones out takes a product of its own a probe
             sizes = [sum(float(e.abs().sum()) for e in part.values()) for part in (own, mixed)]

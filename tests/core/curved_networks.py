@@ -447,4 +447,22 @@ def smooth() -> dict[str, tuple[nn.Module, Tensor]]:
             Lambda(lambda m, x: m.b((h := m.a(x)) / h.norm(dim=1, keepdim=True)), a=_lin(), b=_lin(4, 3)),
             x4,
         ),
+        "clamped by tensors": (
+            Lambda(
+                lambda m, x: m.c(torch.tanh(torch.clamp(m.b(torch.tanh(m.a(x))), x.abs() - 1, x.exp()))),
+                a=_lin(),
+                b=_lin(),
+                c=_lin(4, 3),
+            ),
+            x4,
+        ),
+        "the data divided": (
+            Lambda(
+                lambda m, x: m.c(x / (2 + torch.sin(m.b(torch.tanh(m.a(x)))))),
+                a=_lin(),
+                b=_lin(),
+                c=_lin(4, 3),
+            ),
+            x4,
+        ),
     }

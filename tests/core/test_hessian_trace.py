@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from functools import cache
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -67,6 +69,31 @@ def test_sites_equal_double_backward(name: str, monkeypatch: pytest.MonkeyPatch)
         Keyed.probe = probe
         a, b = (e.draw(torch.Generator()) for e in ways)
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_sites_let_the_graph_go() -> None:
+    model = nn.Sequential(
+        nn.Linear(4, 7), nn.ReLU(), nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3)
+    ).double()
+    saved: WeakSet[_Saved] = WeakSet()
+
+    def pack(t: Tensor) -> _Saved:
+        with torch._C._DisableTorchDispatch():
+            saved.add(kept := _Saved(t.detach()))
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+        chunk, r = chunk_of(model, torch.randn(6, 4, dtype=torch.float64))
+        assert any(kept.tensor.shape == (6, 7) for kept in saved)
+        way = Sites(chunk, r)
+    gc.collect()
+    assert not saved
+    assert way.draw(torch.Generator()).shape == (6,)
+
+
+class _Saved:
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
 
 
 @pytest.mark.parametrize("name", SMOOTH)

@@ -48,6 +48,32 @@ class Heads(nn.Module):
         return self.head(torch.tanh(mixed.transpose(1, 2).flatten(2).mean(1)))
 
 
+class WeighedByValues(nn.Module):
+    """One layer makes values and mask; queries and keys are the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.v, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = self.v(x)
+        return self.head(F.scaled_dot_product_attention(x, x, v, v[..., :1].mT.expand(-1, 5, -1)).mean(1))
+
+
+class Half(Heads):
+    """The attention under autocast."""
+
+    def __init__(self) -> None:
+        super().__init__("plain")
+        self.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x).unflatten(-1, (4, 2)).transpose(1, 2)
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = F.scaled_dot_product_attention(q, q, q).transpose(1, 2).flatten(2)
+            return self.head(mixed).float().tanh().mean(1)
+
+
 class SequenceFirst(nn.Module):
     """Has the samples on axis 1 inside."""
 
@@ -67,6 +93,7 @@ MODELS = {
     "padding mask": lambda: Heads("padding"),
     "learned bias": lambda: Heads("learned"),
     "mask of the input": lambda: Heads("of the input"),
+    "values in the mask": WeighedByValues,
     "encoder layer": Block,
     "learned queries": CrossAttention,
     "sequence first": SequenceFirst,
@@ -125,6 +152,24 @@ def test_both_ways_equal_the_decomposed_form(
         torch.testing.assert_close(blocked[first], blocked[second], rtol=1e-9, atol=1e-11)
         torch.testing.assert_close(plain[first], plain[second], rtol=1e-9, atol=1e-11)
     assert float(blocked[0].abs().sum()) > 0
+
+
+def test_autocast(monkeypatch: pytest.MonkeyPatch, by_blocks: None) -> None:
+    torch.manual_seed(0)
+    model, x, r = Half(), torch.randn(4, 5, 4), torch.randn(4, 3)
+    parameters = {name: p for name, p in model.named_parameters() if name.startswith("q.")}
+    for module in (sites, double_backward):
+        monkeypatch.setattr(module, "Draws", Keyed)
+    found = []
+    for least in (0, 10**9):
+        monkeypatch.setattr(attention_form, "LEAST_WEIGHTS", least)
+        for way in (lambda c: Sites(c, r, local=False), lambda c: Twice(c, r)):
+            chunk = linearize(model, x, parameters, *sample_axes(model, x, parameters))
+            assert any(op.name == "attention" for op in chunk.tape.ops) == (least == 0)
+            found.append(way(chunk).draw(torch.Generator()))
+    assert float(found[0].abs().min()) > 0
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0.03, atol=0.03 * float(found[0].abs().max()))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -267,6 +267,76 @@ def test_data_and_losses(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert abs(float(z.mean())) < 4 / 8**0.5
 
 
+def _error(model: nn.Module, loss: nn.Module, data: list[tuple[Tensor, Tensor]]) -> float:
+    """Of a planned run, in stated errors."""
+    found = fk.hessian_trace(model, loss, data, rtol=0.1, seed=0)
+    true = _reference(model, loss, [(torch.cat([x for x, _ in data]), torch.cat([y for _, y in data]))])
+    return abs(found.value - true) / found.stderr
+
+
+@pytest.mark.parametrize("kind", ["all ignored", "no residual", "no curvature"])
+def test_a_first_batch_that_tells_nothing(kind: str) -> None:
+    model, x, y, _ = _problem()
+    half = N // 2
+    if kind == "all ignored":
+        loss: nn.Module = nn.CrossEntropyLoss()
+        y = torch.where(torch.arange(N) < half, -100, y)
+    else:
+        loss = nn.MSELoss() if kind == "no residual" else nn.HuberLoss()
+        shift = torch.where(torch.arange(N) < half, 0.0 if kind == "no residual" else 9.0, 0.3).double()
+        y = model(x).detach() + shift.unsqueeze(1)
+    data = [(torch.cat([x[:half]] * 2), torch.cat([y[:half]] * 2)), (x[half:], y[half:])]
+    assert _error(model, loss, data) < 5
+
+
+@pytest.mark.parametrize("kept", [1, 2, 3])
+def test_few_samples_that_count(kept: int) -> None:
+    model, x, y, _ = _problem()
+    loss, most = nn.CrossEntropyLoss(), torch.arange(N) >= kept
+    # the pilot is on these alone, and too few of them do not show where the samples lie
+    values = [
+        fk.hessian_trace(model, loss, (x, torch.where(most, -100, y)), rtol=0.1, seed=s).value
+        for s in range(16)
+    ]
+    true = _reference(model, loss, (x[:kept], y[:kept]))
+    drawn = torch.tensor(values, dtype=torch.float64)
+    assert abs(float(drawn.mean()) - true) < 4.5 * float(drawn.std()) / 4 + 1e-9
+
+
+class _Changing:
+    """Other batches every time: in another order, or of other sizes."""
+
+    def __init__(self, x: Tensor, y: Tensor, *, sizes: bool) -> None:
+        self._x, self._y, self._sizes = x, y, sizes
+        self._times, self._source = 0, torch.Generator().manual_seed(0)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self._times += 1
+        n = len(self._x)
+        order = torch.arange(n) if self._sizes else torch.randperm(n, generator=self._source)
+        rest = 2 + self._times if self._sizes else 5
+        for part in (order[:N], order[N : n - rest], order[n - rest :]):
+            yield self._x[part], self._y[part]
+
+
+@pytest.mark.parametrize("sizes", [False, True])
+def test_batches_that_change_are_not_planned(sizes: bool) -> None:
+    model, x, y, traces = _problem()
+    x, y = torch.cat([x, x[:40]]), torch.cat([y, y[:40]])
+    true = float(torch.cat([traces, traces[:40]]).mean())
+    runs = [
+        fk.hessian_trace(model, nn.CrossEntropyLoss(), _Changing(x, y, sizes=sizes), rtol=0.1, seed=s)
+        for s in range(8)
+    ]
+    assert all(r.converged and r.method.startswith("exact GGN trace") for r in runs)
+    z = torch.tensor([(r.value - true) / r.stderr for r in runs])
+    assert float(z.abs().max()) < 4.5
+    planned = fk.hessian_trace(
+        model, nn.CrossEntropyLoss(), [(x[:N], y[:N]), (x[N:], y[N:])], rtol=0.1, seed=0
+    )
+    assert "sign sketch" in planned.method
+
+
 @pytest.mark.parametrize("kind", ["relu", "two hidden layers", "samples", "per_layer"])
 def test_exact_parts_stay_exact(kind: str) -> None:
     torch.manual_seed(0)

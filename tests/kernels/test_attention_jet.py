@@ -54,3 +54,18 @@ def test_float32_is_as_near_as_the_decomposed_form() -> None:
         strict=True,
     ):
         assert float((wide - narrow).abs().max()) < 3e-6 * float(wide.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, 3, 40, 8).to(dtype) for _ in range(7)]
+    mask = torch.randn(40, 40).to(dtype)
+    half, single = (
+        LinearizedAttention(*(t.to(d) for t in (*tensors[:3], mask))) for d in (dtype, torch.float32)
+    )
+    moved, bent = half.jet(tensors[6], *tensors[3:6])
+    image, second = single.jet(*(t.float() for t in (tensors[6], *tensors[3:6])))
+    assert moved.dtype == half.tangent(*tensors[3:6]).dtype == dtype
+    torch.testing.assert_close(moved, image.to(dtype))
+    torch.testing.assert_close(bent, second)
