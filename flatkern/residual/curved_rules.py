@@ -123,6 +123,7 @@ class Softmax(Rule):
         super().__init__(op, active)
         self._log = op.name == "_log_softmax"
         self._dim: int = op.args[1]
+        self._dtype = op.output.tensor.dtype  # not always the input's
         y = _wide(op.output.tensor)
         self._p = y.exp() if self._log else y
         self._kept = [*y.shape]
@@ -137,9 +138,9 @@ class Softmax(Rule):
         t = self._tangent(tangents, 0)
         assert t is not None
         if self._log:
-            return t - (self._p * t).sum(self._dim, keepdim=True).to(t.dtype)
+            return (t - (self._p * t).sum(self._dim, keepdim=True)).to(self._dtype)
         # the Jacobian is symmetric: torch's own backward pass
-        return torch._softmax_backward_data(_wide(t), self._p, self._dim, self._p.dtype).to(t.dtype)
+        return torch._softmax_backward_data(_wide(t), self._p, self._dim, self._p.dtype).to(self._dtype)
 
     def fold(self, cotangent: Tensor) -> None:
         """See :class:`Rule`."""
