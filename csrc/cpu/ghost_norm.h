@@ -387,8 +387,8 @@ void ghost_norm(const GhostInput<T>& x, bool formed, std::int64_t begin, std::in
     for (std::int64_t i = begin; i < end; ++i) out[k * n + i] = 0;
   }
   if (x.positions == 0 || x.d_in == 0 || x.d_out == 0 || x.cotangents == 0 || begin >= end) return;
-  // at most 0.94 MiB (float) or 0.61 MiB whatever the sizes, less for small ones: fresh pages cost more than a
-  // product
+  // at most 0.94 MiB (float) or 0.61 MiB whatever the sizes, less for small ones: fresh pages cost more than
+  // a product
   const auto panels = [](std::int64_t size) {
     const std::int64_t most = size < G::side ? size : G::side;
     return (most + G::lanes - 1) / G::lanes * G::lanes;
