@@ -6,21 +6,40 @@ The blocks do not take dropout, short sequences, tensor subclasses, and what tor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-__all__ = ["attention_forms"]
+__all__ = ["FunctionForms", "attention_forms"]
 
 LEAST_WEIGHTS = 320 * 320
 """Queries times keys from which a product with blocks is faster than one with stored weights (on a CPU)."""
 LEAST_CAUSAL_WEIGHTS = 256 * 256
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _torch_attention: Callable[..., Tensor] = F.scaled_dot_product_attention
+
+
+class FunctionForms(TorchFunctionMode):
+    """While it is in force, calls of the functions it was given go to other forms of them."""
+
+    def __init__(self, forms: Mapping[Any, Callable[..., Any]]) -> None:
+        super().__init__()
+        self._forms = forms
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """The other form where there is one, else the function itself."""
+        return self._forms.get(func, func)(*args, **(kwargs or {}))
 
 
 def attention_forms(

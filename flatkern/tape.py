@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flatkern import kernels
-from flatkern.attention_form import attention_forms
+from flatkern.attention_form import FunctionForms, attention_forms
 from flatkern.kernels._attention import autocast
 
 __all__ = ["Op", "Recorder", "Tape", "UnsupportedError", "Value", "record", "substitute"]
@@ -243,24 +242,6 @@ class Recorder(TorchDispatchMode):
         self._unsettled.clear()
 
 
-class _LongAttention(TorchFunctionMode):
-    """Sends attention over long sequences to a recorder."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self._forms = attention_forms(recorder.attention)
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """The recorder's form of attention, and every other function itself."""
-        return self._forms.get(func, func)(*args, **(kwargs or {}))
-
-
 def _settle(value: Value, tensor: Tensor) -> None:
     # a result gets its version and its place in the graph only after the recorder has returned
     if value.version is None:
@@ -307,7 +288,7 @@ def record(
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.enter_context(recorder)
-        stack.enter_context(_LongAttention(recorder))
+        stack.enter_context(FunctionForms(attention_forms(recorder.attention)))
         if forward is None:
             output = model(value)
         else:

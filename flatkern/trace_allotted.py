@@ -263,7 +263,7 @@ class Allotment:
         runs, sketch, residual = self._runs, self._sketch(), _Residual(self._runs, self._method)
         batches: list[Tensor] = []
         done: list[tuple[int, Share]] = []
-        unchecked, device = [runs.loss.callable], model_device(runs.model)
+        device = model_device(runs.model)
         for number, (x, y) in enumerate(self._data()):
             shares = plan(number, x)
             values = torch.zeros(2, count_samples(x), dtype=torch.float64, device=device)
@@ -272,7 +272,7 @@ class Allotment:
             for inputs, chunk, target in chunks:  # one at a time: none is kept while the next is run
                 part, share = next(pending)
                 lin, output = self._linearized(chunk, inputs), chunk.output.detach()
-                check_target(runs.loss, output, target, unchecked)
+                check_target(runs.loss, output, target, [False])  # a callable has no root, and is not planned
                 ours = sketch(lin, output, target, share.way)
                 del lin
                 rest = residual(chunk, target, share.probes)

@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from flatkern import kernels
-from flatkern.attention_form import attention_forms
+from flatkern.attention_form import FunctionForms, attention_forms
 
 __all__ = ["Substitutes"]
 
 
-class Substitutes(TorchFunctionMode):
+class Substitutes(FunctionForms):
     """While it is in force, calls of the functions below go to the forms that can be differentiated twice.
 
     Source of the gaps: seen on torch 2.13, see docs/autograd-gaps.md. ``torch._weight_norm`` raises nothing and gives
     a second derivative that is not even symmetric.
     """
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """The substitute where there is one, else the function itself."""
-        return _FORMS.get(func, func)(*args, **(kwargs or {}))
+    def __init__(self) -> None:
+        super().__init__(_FORMS)
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
