@@ -15,7 +15,7 @@ from flatkern.chunk_plan import frugal_limit, note
 from flatkern.estimators import trace
 from flatkern.flatness import ggn_trace
 from flatkern.linearize import Forward
-from flatkern.loss_data import LossData
+from flatkern.loss_data import LossData, output_gradient
 from flatkern.losses import Loss, Reduction
 from flatkern.operators import hessian
 from flatkern.residual import Chunk, Sites, Twice, linearize
@@ -372,9 +372,8 @@ class Split:
             parts = (slice(start, min(start + step, n)) for start in range(0, n, step))
         for part in parts:
             inputs = take(x, part)
-            alone = (
-                count_samples(inputs) == 1
-            )  # a batch of one may take other operations (expand does nothing)
+            # a batch of one may take other operations (expand does nothing)
+            alone = count_samples(inputs) == 1
             if alone not in runs:
                 runs[alone] = sample_axes(self.model, x, self.parameters, forward, few=1 if alone else FEW)
             chunk = linearize(self.model, inputs, self.parameters, *runs[alone], forward)
@@ -386,12 +385,12 @@ class Split:
 
     def evaluator(self, chunk: Chunk, y: Tensor, method: str) -> tuple[Sites | Twice | None, float]:
         """The residual on a chunk, ``None`` where all is proven, and its part of the denominator."""
-        output = chunk.output.detach().requires_grad_()
-        value = self.loss.numerator(output, y)
-        weight = float(self.loss.weight(output.detach(), y))
+        output = chunk.output.detach()
+        weight = float(self.loss.weight(output, y))
         if not chunk.entries:
             return None, weight
-        (residual,) = torch.autograd.grad(value, output)
+        residual = output_gradient(self.loss, output, y)
+        del output  # Sites lets go of it
         if method != "double-backward" and not self.per_layer:
             try:
                 return Sites(chunk, residual), weight
