@@ -72,7 +72,8 @@ def sharpness(
         max_memory: bytes of the working set; default 1 GiB. Samples are chunked to fit.
 
     Returns:
-        An :class:`Estimate`: ``stderr`` is 0 where exact, else √(Σ_i s_i²/k) from each sample's own k draws;
+        An :class:`Estimate`: ``stderr`` is 0 where exact, else √(Σ_i s_i²/k) from each sample's own k draws, with its
+        degrees of freedom in ``dof`` (at least about 10 are drawn for, where ``samples`` is not given);
         ``sample_stderr`` over the n samples; ``per_sample`` [n] float64; ``passes`` the cotangents a sample.
 
     Raises:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from math import ceil
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from flatkern.freedom import LEAST, SummedVariance
 from flatkern.linearize import Forward, Linearization, linearizations
 from flatkern.problem import check_output, preserve_state
 from flatkern.results import Estimate, standard_error
@@ -190,19 +192,18 @@ class _Draws:
     total: _Total
 
     @property
-    def error(self) -> float:
-        """se of Σ_i mean_k: √(Σ_i s_i²/k), from each sample's own k values."""
-        if len(self.values) < 2:
-            return float("nan")
-        return float((self.values.var(0).sum() / len(self.values)).sqrt())
+    def variance(self) -> SummedVariance:
+        """Of Σ_i mean_k."""
+        return SummedVariance.of_means(self.values)
 
     def wanted(self, rtol: float) -> int:
-        """How many draws the relative error asks for."""
-        size = float(self.values.mean(0).sum())
+        """How many draws the relative error asks for, and how many it takes to know the error."""
+        size, draws, variance = float(self.values.mean(0).sum()), len(self.values), self.variance
         if size == 0:
-            return len(self.values)
-        needed = len(self.values) * (self.error / (rtol * size)) ** 2
-        return max(len(self.values), int(needed * 1.1) + 1)
+            return draws
+        needed = draws * variance.value / (rtol * size) ** 2
+        known = 1 + ceil((draws - 1) * LEAST / variance.freedom)
+        return max(draws, int(needed * 1.1) + 1, known)
 
 
 def _sketch(problem: _Problem, started: float, columns: int | None) -> Estimate:
@@ -225,12 +226,13 @@ def _sketch(problem: _Problem, started: float, columns: int | None) -> Estimate:
     denominator = problem.roots.denominator(draws.weight)
     if len(draws.values) < 2:
         draws.total.notes["one draw has no standard error of its own: take samples=2 or more"] = None
-    size = float(draws.values.mean(0).sum())
+    size, error = float(draws.values.mean(0).sum()), draws.variance
     return _result(
         problem, started, draws.values.mean(0), draws.total, denominator,
-        method="sign sketch (ghost norms)", passes=len(draws.values), stderr=draws.error / denominator,
+        method="sign sketch (ghost norms)", passes=len(draws.values), stderr=error.stderr / denominator,
+        dof=error.dof,
         samples=draws.values.sum(1) / denominator,
-        converged=settings.samples is not None or draws.error <= settings.rtol * size,
+        converged=settings.samples is not None or error.stderr <= settings.rtol * size,
     )  # fmt: skip
 
 
@@ -262,6 +264,7 @@ def _result(
     method: str,
     passes: int,
     stderr: float = 0.0,
+    dof: int | None = None,
     samples: Tensor | None = None,
     converged: bool = True,
 ) -> Estimate:
@@ -290,4 +293,5 @@ def _result(
         per_layer=layers if problem.settings.per_layer else None,
         per_parameter=by_parameter if problem.settings.per_parameter else None,
         notes=tuple(total.notes),
+        dof=dof,
     )

@@ -16,7 +16,7 @@ from flatkern.operators.ggn_op import output_gradient as mean_gradient
 from flatkern.problem import all_finite, check_input, model_device
 from flatkern.samples import count_samples
 
-__all__ = ["LossData", "check_target", "output_gradient", "separate_loss"]
+__all__ = ["LossData", "check_target", "output_gradient", "residual_norms", "separate_loss"]
 
 
 def separate_loss(loss_fn: object, reduction: Reduction | None) -> Loss:
@@ -45,6 +45,11 @@ def output_gradient(loss: Loss, output: Tensor, target: Tensor) -> Tensor:
     """∂(numerator)/∂f, [*output]; zeros where the loss does not depend on the output."""
     found = mean_gradient(output.detach(), target, loss, create_graph=False)
     return torch.zeros_like(output) if found is None else found[1] * len(output)
+
+
+def residual_norms(loss: Loss, output: Tensor, target: Tensor) -> Tensor:
+    """‖∂ℓ_i/∂f_i‖, float64 [n]."""
+    return output_gradient(loss, output, target).double().flatten(1).norm(dim=1)
 
 
 class LossData:

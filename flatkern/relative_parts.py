@@ -15,6 +15,7 @@ from flatkern._loss_roots import with_roots
 from flatkern.curvature_rows import CurvatureRows
 from flatkern.estimators.group_traces import group_traces
 from flatkern.estimators.rounds import in_rounds
+from flatkern.freedom import SummedVariance
 from flatkern.gradient_rows import GradientRows
 from flatkern.hessian_parts import EXACT_UP_TO, why_no_split
 from flatkern.last_layer import is_output, is_transposed, last_dense
@@ -172,14 +173,14 @@ class LayerProblem:
             values = self._chunked(loss.root, None)
             return self._exact(values, "exact (roots of the output Hessian)", columns)
         run = in_rounds(
-            lambda _, count: self._draw(loss, count), _spread,
+            lambda _, count: self._draw(loss, count), lambda values: SummedVariance.of_means(values).stderr,
             lambda values: self._rtol * float(values.mean(0).sum()),
             first=_DRAWS, samples=self._samples, most=self._max_samples,
         )  # fmt: skip
         draws, notes = run.values, run.notes("sign draws", "max_samples")
         found = self._exact(draws.mean(0), f"{len(draws)} sign draws", len(draws))
-        stderr = _spread(draws) / self._survey.denominator
-        return replace(found, stderr=stderr, converged=not notes, notes=notes)
+        error = SummedVariance.of_means(draws).scaled(1 / self._survey.denominator)
+        return replace(found, stderr=error.stderr, dof=error.dof, converged=not notes, notes=notes)
 
     def _draw(self, loss: Loss, count: int) -> Tensor:
         """κ's numerator of every draw and sample, float64 [count, n]."""
@@ -218,16 +219,21 @@ class LayerProblem:
             generator=self._generator,
         )  # fmt: skip
         value, stderr = rest.total
+        error = SummedVariance()
+        error.add(stderr**2, rest.dof or math.inf)
+        if ggn is not None:
+            error.add(ggn.stderr**2, ggn.dof or math.inf)
         drawn = "a product an entry" if rest.exact else f"{len(rest.samples)} Hessian products"
         return RelativeFlatness(
             value=exact + value,
-            stderr=math.hypot(stderr, 0.0 if ggn is None else ggn.stderr),
+            stderr=error.stderr,
             method=drawn if ggn is None else f"{ggn.method} + residual: {drawn}",
             num_data=self._survey.num_data,
             matvecs=rest.matvecs,
             passes=0 if ggn is None else ggn.passes,
             converged=rest.converged and (ggn is None or ggn.converged),
             notes=rest.notes,
+            dof=error.dof,
             layer=self._name,
             residual=reason,
         )
@@ -264,11 +270,6 @@ def find_layer(model: nn.Module, batches: LossData, layer: str | None) -> str:
             f"layer: {name!r} has shape {tuple(named[name].shape)}; relative flatness is that of a matrix"
         )
     return next(iter(select_parameters(model, name)))
-
-
-def _spread(draws: Tensor) -> float:
-    """Standard error of Σ_i mean_k from each sample's own draws [k, n]."""
-    return float((draws.var(0).sum() / len(draws)).sqrt())
 
 
 @torch.no_grad()

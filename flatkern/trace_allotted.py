@@ -9,21 +9,21 @@ the least cost (:mod:`flatkern.trace_plan`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from flatkern.linearize import Forward
-from flatkern.loss_data import LossData, check_target, output_gradient
-from flatkern.losses import Loss
-from flatkern.problem import model_device, preserve_state
+from flatkern.freedom import SummedVariance
+from flatkern.loss_data import check_target, residual_norms
+from flatkern.problem import model_device
 from flatkern.recorded_pull import RecordedPull
+from flatkern.recorded_runs import RecordedRuns
 from flatkern.residual import Chunk, Sites, Twice
 from flatkern.reverse import has_reverse_pass
-from flatkern.samples import count_samples, take
+from flatkern.samples import count_samples
 from flatkern.tape import UnsupportedError
 from flatkern.trace_goal import Goal
 from flatkern.trace_groups import columns_of
@@ -31,7 +31,7 @@ from flatkern.trace_plan import Share, Way, allot
 from flatkern.trace_sketch import GroupSketch
 from flatkern.trace_survey import Batch, Expected, expected, outlooks
 
-__all__ = ["Allotment", "Found", "Runs"]
+__all__ = ["Allotment", "Found"]
 
 MOST_COLUMNS = 64
 """Columns of S_i up to which this is tried."""
@@ -57,33 +57,6 @@ _COST = {Sites: 1.25, Twice: 4.0}
 Part = slice | list[int]
 
 
-class Runs(Protocol):
-    """What :class:`flatkern.trace_split.Split` gives."""
-
-    model: nn.Module
-    loss: Loss
-    data: Any
-    parameters: dict[str, nn.Parameter]
-    goal: Goal
-    generator: torch.Generator
-    max_memory: int
-    forward: Forward | None
-
-    def step(self, x: Any) -> int:
-        """Samples of a batch that a chunk takes."""
-
-    def work(self, x: Any) -> int:
-        """Entries of parameters and ten times those of the values, times samples."""
-
-    def chunks(
-        self, x: Any, y: Tensor | None, parts: Iterable[slice | Sequence[int]] | None = None
-    ) -> Iterator[tuple[Any, Chunk, Tensor]]:
-        """Inputs, recorded run and target of each part."""
-
-    def evaluator(self, chunk: Chunk, y: Tensor, method: str) -> tuple[Sites | Twice | None, float]:
-        """The residual on a chunk, and its part of the denominator."""
-
-
 @dataclass
 class Found:
     """The trace's numerator, sample by sample, before any division."""
@@ -92,7 +65,7 @@ class Found:
     """Both parts, float64 [n]."""
     noise: Tensor
     """The estimator's own variance of each where it is known, [n]."""
-    variance: float
+    variance: SummedVariance
     """That of the sum, or a bound on it."""
     weight: float
     """The denominator's sum."""
@@ -112,8 +85,8 @@ class Found:
 class Allotment:
     """One call's plan and pass."""
 
-    def __init__(self, runs: Runs, method: str) -> None:
-        self._runs, self._method = runs, method
+    def __init__(self, runs: RecordedRuns, goal: Goal, generator: torch.Generator, method: str) -> None:
+        self._runs, self._goal, self._generator, self._method = runs, goal, generator, method
         self._pull: RecordedPull | None = None
         self.closed = False
         """Whether nothing has to be drawn, once :meth:`run` has looked."""
@@ -127,7 +100,7 @@ class Allotment:
 
     def _run(self) -> Found | None:
         runs = self._runs
-        x, y = next(iter(self._data()))
+        x, y = next(iter(self._runs.batches()))
         if count_samples(x) < LEAST_SAMPLES or runs.step(x) < LOOK:
             return None
         columns, convolves = self._look(x, y)
@@ -155,9 +128,6 @@ class Allotment:
 
         return self._pass(planned)
 
-    def _data(self) -> LossData:
-        return LossData(self._runs.model, self._runs.data, self._runs.forward)
-
     def _look(self, x: Any, y: Tensor | None) -> tuple[int, bool]:
         """Columns a sample, 0 where a parameter's use is not understood; whether there are convolutions."""
         for _, chunk, target in self._runs.chunks(x, y, [slice(0, LOOK)]):
@@ -176,7 +146,7 @@ class Allotment:
     def _survey(self) -> list[Batch]:
         """Empty where there is nothing to go by."""
         batches = []
-        for x, y in self._data():
+        for x, y in self._runs.batches():
             n, step = count_samples(x), self._runs.step(x)
             found = [self._sizes(x, y, slice(i, min(i + step, n))) for i in range(0, n, step)]
             residuals, squares, weights = zip(*found, strict=True)
@@ -192,21 +162,15 @@ class Allotment:
 
     def _sizes(self, x: Any, y: Tensor | None, part: slice) -> tuple[Tensor, Tensor, float]:
         """‖∂ℓ_i/∂f_i‖, ‖s_ik‖² and the part of the denominator."""
-        model, loss, forward = self._runs.model, self._runs.loss, self._data().forward
-        inputs = take(x, part)
-        with preserve_state(model), torch.no_grad():
-            if forward is None:
-                assert y is not None
-                output, target = model(inputs.clone()), y[part]
-            else:
-                output, target = forward(model, inputs)
+        loss = self._runs.loss
+        output, target = self._runs.outputs(x, y, part)
         squares = columns_of(loss, output, target).double().square().flatten(2).sum(2).T
-        return _norms(loss, output, target), squares, float(loss.weight(output, target))
+        return residual_norms(loss, output, target), squares, float(loss.weight(output, target))
 
     def _pilot(self, batch: Batch) -> tuple[Expected, float] | None:
         """What to expect, from some samples of the first batch, and the cost of a probe."""
         runs, sketch = self._runs, self._sketch()
-        x, y = next(iter(self._data()))
+        x, y = next(iter(self._runs.batches()))
         if count_samples(x) != len(batch):
             return None
         chosen, counts = batch.some(PILOT)
@@ -216,12 +180,12 @@ class Allotment:
             lin, output = self._linearized(chunk, inputs), chunk.output.detach()
             sketches.append(sketch.draws(lin, output, target, Way(0, 1, PILOT_DRAWS))[0])
             del lin
-            norms.append(_norms(runs.loss, output, target))
+            norms.append(residual_norms(runs.loss, output, target))
             evaluator, _ = runs.evaluator(chunk, target, self._method)
             if evaluator is None:
                 return None
             cost = _COST[type(evaluator)]
-            residuals.append(torch.stack([evaluator.draw(runs.generator) for _ in range(probes)]))
+            residuals.append(torch.stack([evaluator.draw(self._generator) for _ in range(probes)]))
             del inputs, chunk, output, evaluator
         seen = batch.residuals[chosen]
         if (torch.cat(norms) - seen).norm() > SAME * seen.norm():
@@ -233,10 +197,10 @@ class Allotment:
         energies = [float(b.residuals.square().sum()) for b in batches]
         denominator = runs.loss.denominator(sum(b.weight for b in batches))
         value = sum(energies) / energies[0] * (spread.ggn + spread.residual) / denominator
-        allowed = (runs.goal.tolerance(value) * denominator) ** 2
+        allowed = (self._goal.tolerance(value) * denominator) ** 2
         by_batch = [outlooks(batch, spread) for batch in batches]
         together = [outlook for some in by_batch for outlook in some]
-        shares = allot(together, allowed, cost, runs.goal.max_samples)
+        shares = allot(together, allowed, cost, self._goal.max_samples)
         if shares is None:
             return None
         probes = sum(o.samples * s.probes for o, s in zip(together, shares, strict=True))
@@ -247,7 +211,7 @@ class Allotment:
 
     def _sketch(self) -> GroupSketch:
         runs = self._runs
-        return GroupSketch(runs.model, runs.loss, runs.parameters, runs.generator)
+        return GroupSketch(runs.model, runs.loss, runs.parameters, self._generator)
 
     def _linearized(self, chunk: Chunk, inputs: Any) -> Any:
         if chunk.refused:
@@ -255,16 +219,20 @@ class Allotment:
         if self._pull is None:
             runs = self._runs
             self._pull = RecordedPull(
-                runs.model, runs.parameters, self._data().forward, runs.max_memory, chunk, inputs
+                runs.model, runs.parameters, self._runs.batches().forward, runs.max_memory, chunk, inputs
             )
         return self._pull(chunk, inputs)
 
     def _pass(self, plan: Callable[[int, Any], list[tuple[Part, Share]]]) -> Found:
-        runs, sketch, residual = self._runs, self._sketch(), _Residual(self._runs, self._method)
+        runs, sketch, residual = (
+            self._runs,
+            self._sketch(),
+            _Residual(self._runs, self._generator, self._method),
+        )
         batches: list[Tensor] = []
         done: list[tuple[int, Share]] = []
         device = model_device(runs.model)
-        for number, (x, y) in enumerate(self._data()):
+        for number, (x, y) in enumerate(self._runs.batches()):
             shares = plan(number, x)
             values = torch.zeros(2, count_samples(x), dtype=torch.float64, device=device)
             chunks = runs.chunks(x, y, [part for part, _ in shares])
@@ -297,18 +265,14 @@ class Allotment:
         )
 
 
-def _norms(loss: Loss, output: Tensor, target: Tensor) -> Tensor:
-    """‖∂ℓ_i/∂f_i‖, [n]."""
-    return output_gradient(loss, output, target).double().flatten(1).norm(dim=1)
-
-
 @dataclass
 class _Residual:
     """The residual of chunk after chunk."""
 
-    runs: Runs
+    runs: RecordedRuns
+    generator: torch.Generator
     method: str
-    variance: float = 0.0
+    variance: SummedVariance = field(default_factory=SummedVariance)
     weight: float = 0.0
     how: str = ""
     counts: set[int] = field(default_factory=set)
@@ -321,15 +285,16 @@ class _Residual:
             zero = torch.zeros(len(chunk.output), dtype=torch.float64, device=chunk.output.device)
             return zero, zero
         if evaluator.exact:
-            value = evaluator.draw(self.runs.generator)
+            value = evaluator.draw(self.generator)
             return value, torch.zeros_like(value)
         self.how = "tangent passes" if isinstance(evaluator, Sites) else "double backward"
         self.counts.add(probes)
-        values = torch.stack([evaluator.draw(self.runs.generator) for _ in range(probes)])
+        values = torch.stack([evaluator.draw(self.generator) for _ in range(probes)])
         if probes > 1:
             noise = values.var(0) / probes
-            self.variance += float(noise.sum())
+            self.variance.add(noise, probes - 1)
             return values.mean(0), noise
         # one value a sample: their spread over samples holds the probes' own and that of the true values
-        self.variance += len(values[0]) * float(values[0].var())
+        n = len(values[0])
+        self.variance.add((values[0] - values[0].mean()).square() * (n / (n - 1)), 1)
         return values[0], torch.zeros_like(values[0])

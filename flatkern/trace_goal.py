@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from flatkern.estimators.common import check_count
+from flatkern.freedom import LEAST, SummedVariance
 
 __all__ = ["Goal", "Sampled", "Spread"]
 
@@ -46,7 +47,9 @@ class Goal:
     def probes(
         self, spread: Spread, exact: float, denominator: float, *, share: float = 1.0, taken: float = 0.0
     ) -> int:
-        """Probes that meet the tolerance (of which ``share`` of the variance is ours), at least 2.
+        """Probes that meet the tolerance (of which ``share`` of the variance is ours) with an error that is known.
+
+        At least 2, and as many as give it :data:`flatkern.freedom.LEAST` degrees of freedom.
 
         Args:
             spread: of the residual's numerator over all samples.
@@ -58,12 +61,15 @@ class Goal:
         """
         if not denominator > 0 or spread.variance == 0.0:
             return 2
+        least = 1 + math.ceil(LEAST / spread.effective)
         tolerance = self.tolerance(exact + spread.mean / denominator) * share**0.5
         tolerance = max(tolerance**2 - taken**2, tolerance**2 / 4) ** 0.5
         if tolerance == 0.0:
             return self.max_samples + 1
         variance = spread.variance / denominator**2
-        return max(2, math.ceil((RESERVE_ON_ALL if spread.complete else RESERVE) * variance / tolerance**2))
+        return max(
+            least, math.ceil((RESERVE_ON_ALL if spread.complete else RESERVE) * variance / tolerance**2)
+        )
 
 
 @dataclass(frozen=True)
@@ -73,12 +79,16 @@ class Spread:
     mean: float
     variance: float
     weight: float
+    effective: float = 1.0
+    """(Σ_i σ_i²)² / Σ_i σ_i⁴ of the samples seen: on so many of them the variance lies."""
     complete: bool = False
     """Whether the pilot saw all samples."""
 
     def scaled(self, factor: float) -> Spread:
-        """The sums of so many times as many samples of the same kind."""
-        return Spread(self.mean * factor, self.variance * factor, self.weight * factor, self.complete)
+        """The sums of so many times as many samples of the same kind; no more of them may count than were seen."""
+        return replace(
+            self, mean=self.mean * factor, variance=self.variance * factor, weight=self.weight * factor
+        )
 
 
 @dataclass
@@ -88,16 +98,32 @@ class Sampled:
     means: list[Tensor] = field(default_factory=list)
     variances: list[Tensor] = field(default_factory=list)
     totals: Tensor | None = None
+    probes: int = 0
     weight: float = 0.0
 
     def add(self, values: Tensor) -> None:
         """``values`` [k, rows, n]."""
+        self.probes = len(values)
         self.means.append(values.mean(0))
         self.variances.append(values.var(0) if len(values) > 1 else torch.zeros_like(values[0]))
         total = values.sum((1, 2))
         self.totals = total if self.totals is None else self.totals + total
 
+    @property
+    def dof(self) -> int:
+        """Of each variance."""
+        return max(1, self.probes - 1)
+
     def spread(self) -> Spread:
         """As a pilot's."""
-        mean, variance = (sum(float(t.sum()) for t in part) for part in (self.means, self.variances))
-        return Spread(mean, variance, self.weight, complete=True)
+        total = self.summed()
+        effective = total.freedom / self.dof
+        mean = sum(float(t.sum()) for t in self.means)
+        return Spread(mean, total.value, self.weight, effective, complete=True)
+
+    def summed(self) -> SummedVariance:
+        """The variance of one value, all rows and samples together."""
+        total = SummedVariance()
+        for values in self.variances:
+            total.add(values, self.dof)
+        return total

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from flatkern.freedom import SummedVariance
 from flatkern.linearize import Linearization
 from flatkern.losses import Loss
 from flatkern.squared_norms import parameter_squared_norms
@@ -24,7 +25,7 @@ class GroupSketch:
     loss: Loss
     parameters: dict[str, nn.Parameter]
     generator: torch.Generator
-    variance: float = 0.0
+    variance: SummedVariance = field(default_factory=SummedVariance)
     """Of the sum over all chunks so far, or a bound on it."""
     drawn: bool = False
     notes: dict[str, None] = field(default_factory=dict)
@@ -38,10 +39,10 @@ class GroupSketch:
         drawn, bound = self.draws(lin, output, target, way)
         self.drawn = True
         if way.draws == 1:
-            self.variance += float(bound.sum())
+            self.variance.add(bound, 1)
             return drawn[0], torch.zeros_like(bound)
         noise = drawn.var(0) / way.draws
-        self.variance += float(noise.sum())
+        self.variance.add(noise, way.draws - 1)
         return drawn.mean(0), noise
 
     def draws(self, lin: Linearization, output: Tensor, target: Tensor, way: Way) -> tuple[Tensor, Tensor]:

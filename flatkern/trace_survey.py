@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from flatkern.trace_groups import group_columns, over_bound
-from flatkern.trace_plan import Outlook, Way
+from flatkern.trace_plan import Outlook, Scatter, Way
 
-__all__ = ["Batch", "Expected", "expected", "outlooks"]
+__all__ = ["Batch", "Expected", "expected", "largest_and_some", "outlooks"]
 
 _POWER = 1.5
 """Means go with a sample's size, variances with its square; a pilot's probabilities are in between."""
@@ -55,6 +55,27 @@ class Batch:
         return chosen, times.to(ends) * ends[-1] / count / sizes[chosen]
 
 
+def largest_and_some(sizes: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Half of ``count`` samples are the largest, the other half evenly spread over the others by rank.
+
+    Where few samples have most of the weight they are among them.
+
+    Args:
+        sizes: [n], n > count.
+        count: at least 2.
+
+    Returns:
+        Indices, and how many samples each stands for.
+    """
+    order = sizes.argsort(descending=True, stable=True)
+    half = count // 2
+    others = order[half:]
+    places = torch.linspace(0, len(others) - 1, count - half, dtype=torch.float64).round().long()
+    counts = torch.ones(count, dtype=torch.float64)
+    counts[half:] = len(others) / len(places)
+    return torch.cat([order[:half], others[places]]), counts
+
+
 @dataclass
 class Expected:
     """What a pilot tells of both parts; sums over a batch."""
@@ -68,8 +89,10 @@ class Expected:
     """mean of the squared cosine of two columns' gradients,"""
     probe: float
     """variance of one probe over ‖r_i‖²,"""
+    probe_squared: float
+    """the square of that variance over ‖r_i‖⁴,"""
     single: float
-    """its second moment likewise."""
+    """the second moment over ‖r_i‖²."""
 
 
 def expected(batch: Batch, chosen: Tensor, counts: Tensor, sketches: Tensor, residuals: Tensor) -> Expected:
@@ -82,7 +105,8 @@ def expected(batch: Batch, chosen: Tensor, counts: Tensor, sketches: Tensor, res
     gains = torch.where(sizes > 0, sketches.mean(0) / sizes, 0.0)
     pairs = group_columns(squares, 0, 1).pairs
     mean, variance = residuals.mean(0), residuals.var(0)
-    energy = float(batch.residuals.square().sum())
+    energies = batch.residuals.square()
+    energy, freedom = float(energies.sum()), len(residuals) - 1
 
     def over_all(values: Tensor) -> float:
         return float((counts * values).sum())
@@ -94,6 +118,8 @@ def expected(batch: Batch, chosen: Tensor, counts: Tensor, sketches: Tensor, res
         gain=over_all(sketches.mean(0).square()) / over_all(sizes.square()),
         coherence=min(1.0, coherent / largest) if largest > 0 else 1.0,
         probe=over_all(variance) / energy,
+        # s⁴ is larger than σ⁴ by 1 + 2/freedom on average
+        probe_squared=over_all(variance.square()) * freedom / (freedom + 2) / float(energies.square().sum()),
         single=over_all(variance + mean.square()) / energy,
     )
 
@@ -112,15 +138,24 @@ def outlooks(batch: Batch, spread: Expected) -> list[Outlook]:
         pairs = {(0, count): groups.pairs, (count - 1, 1): group_columns(squares, count - 1, 1).pairs}
         for (alone, others), sizes in pairs.items():
             ways[Way(alone, others, 2)] = spread.gain * spread.coherence * 2 * sizes
-    variances = torch.stack(
-        [v.new_tensor([part.sum() for part in v.split(batch.step)]) for v in ways.values()]
-    )
+    by_way = [_scatters(variances, batch.step) for variances in ways.values()]
     return [
         Outlook(
-            len(part),
-            dict(zip(ways, variances[:, i].tolist(), strict=True)),
-            spread.probe * float(part.sum()),
-            spread.single * float(part.sum()),
+            size,
+            dict(zip(ways, sketches, strict=True)),
+            Scatter(spread.probe * energy.variance, spread.probe_squared * energy.squares),
+            Scatter(spread.single * energy.variance, spread.single**2 * energy.squares),
         )
-        for i, part in enumerate(energies.split(batch.step))
+        for size, energy, *sketches in zip(
+            (len(part) for part in energies.split(batch.step)),
+            _scatters(energies, batch.step),
+            *by_way,
+            strict=True,
+        )
     ]
+
+
+def _scatters(variances: Tensor, step: int) -> list[Scatter]:
+    """Of chunks of ``step`` samples."""
+    moments = [[part.sum(), part.square().sum()] for part in variances.split(step)]
+    return [Scatter(*row) for row in torch.tensor(moments, dtype=torch.float64).tolist()]

@@ -83,7 +83,8 @@ def hessian_trace(
 
     Returns:
         A :class:`HessianTrace`: ``stderr`` is the estimator's own error, √(Σ_i s_i²/k) over the samples' own k values
-        (a bound on it where one draw was enough), and 0 where everything was exact; ``sample_stderr`` is that of the
+        (a bound on it where one draw was enough), with its degrees of freedom in ``dof``, and 0 where everything was
+        exact; ``sample_stderr`` is that of the
         mean over samples with the estimator's part taken out. ``exact`` and ``sampled`` name the parameters.
         ``samples`` holds the k probe values; ``None`` where both parts were planned together, or a parameter was left
         to the plain estimator.

@@ -16,7 +16,8 @@ import flatkern as fk
 from flatkern import trace_allotted
 from flatkern.losses import resolve_loss
 from flatkern.trace_groups import columns_of, group_columns, over_bound
-from flatkern.trace_plan import RESERVE, Outlook, Share, Way, allot
+from flatkern.trace_plan import RESERVE, Outlook, Scatter, Share, Way, allot
+from flatkern.trace_survey import largest_and_some
 from tests.core.curved_networks import Lambda
 
 torch.set_num_threads(1)
@@ -91,12 +92,49 @@ def test_columns_are_a_root_and_orthogonal_where_that_is_cheap(classes: int) -> 
     assert (float(off.abs().max()) < 1e-12) == (classes <= 16)
 
 
+def _outlook(samples: int, factor: float, probe: float, single: float, share: float = 1.0) -> Outlook:
+    """Chunk whose variance lies evenly on this share of its samples."""
+
+    def scatter(variance: float) -> Scatter:
+        return Scatter(variance, variance**2 / (share * samples))
+
+    sketches = {Way(4, 0, 0): 0.0, Way(0, 1, 1): 5.0, Way(0, 1, 2): 2.0, Way(2, 1, 2): 0.2}
+    return Outlook(
+        samples,
+        {way: scatter(factor * variance) for way, variance in sketches.items()},
+        scatter(probe),
+        scatter(single),
+    )
+
+
+@pytest.mark.parametrize("share", [0.02, 0.05, 0.2])
+def test_few_samples_get_probes_until_the_error_is_known(share: float) -> None:
+    chunks = [_outlook(50, 1.0, 9.0, 20.0, share), _outlook(50, 0.0, 1e-6, 1e-6)]
+    found = allot(chunks, 50.0, 1.5, 1000)
+    assert found is not None
+    probes, most = found[0].probes, chunks[0]
+    total = most.sketches[found[0].way] + (most.probe.mean_of(probes) if probes > 1 else most.single)
+    assert total.known
+    assert total.variance**2 / total.squares < 40  # and not many more of them
+    assert found[1].probes <= probes
+    # where no number of probes that is allowed does it, the tolerance alone counts
+    assert allot(chunks, 50.0, 1.5, 2) is not None
+
+
+def test_a_pilot_has_the_largest_samples_and_stands_for_all() -> None:
+    torch.manual_seed(0)
+    sizes = torch.rand(200)
+    chosen, counts = largest_and_some(sizes, 64)
+    assert len(set(chosen.tolist())) == 64
+    assert float(counts.sum()) == pytest.approx(200)
+    assert set(sizes.argsort(descending=True)[:32].tolist()) <= set(chosen.tolist())
+    assert float((counts * sizes[chosen]).sum()) == pytest.approx(float(sizes.sum()), rel=0.02)
+    assert sorted(largest_and_some(sizes[:3], 2)[0].tolist())
+
+
 def test_allotted_variance_is_kept_at_nearly_the_least_cost() -> None:
-    ways = {Way(4, 0, 0): 0.0, Way(0, 1, 1): 5.0, Way(0, 1, 2): 2.0, Way(2, 1, 2): 0.2}
-    chunks = [
-        Outlook(60, ways, 9.0, 20.0),
-        Outlook(40, {way: 0.1 * value for way, value in ways.items()}, 1.0, 3.0),
-    ]
+    chunks = [_outlook(60, 1.0, 9.0, 20.0), _outlook(40, 0.1, 1.0, 3.0)]
+    ways = chunks[0].sketches
 
     def cost(shares: tuple[Share, ...]) -> float:
         return sum(
@@ -105,7 +143,7 @@ def test_allotted_variance_is_kept_at_nearly_the_least_cost() -> None:
 
     def variance(shares: tuple[Share, ...]) -> float:
         return sum(
-            c.sketches[s.way] + (c.single if s.probes == 1 else c.probe / s.probes)
+            c.sketches[s.way].variance + (c.single.variance if s.probes == 1 else c.probe.variance / s.probes)
             for c, s in zip(chunks, shares, strict=True)
         )
 
@@ -287,6 +325,25 @@ def test_a_first_batch_that_tells_nothing(kind: str) -> None:
         y = model(x).detach() + shift.unsqueeze(1)
     data = [(torch.cat([x[:half]] * 2), torch.cat([y[:half]] * 2)), (x[half:], y[half:])]
     assert _error(model, loss, data) < 5
+
+
+@pytest.mark.parametrize("planned", [False, True])
+@pytest.mark.parametrize("kept", [1, 3, 5])
+def test_error_bars_hold_where_few_samples_count(
+    kept: int, planned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not planned:
+        monkeypatch.setattr(trace_allotted, "LEAST_SAMPLES", N + 1)
+    model, x, y, traces = _problem()
+    few = torch.randperm(N, generator=torch.Generator().manual_seed(kept))[:kept]
+    labels = torch.full_like(y, -100)
+    labels[few] = y[few]
+    true = float(traces[few].mean())
+    runs = [fk.hessian_trace(model, nn.CrossEntropyLoss(), (x, labels), rtol=0.1, seed=s) for s in range(80)]
+    assert all(r.dof is not None for r in runs)
+    assert sorted(r.dof or 0 for r in runs)[40] >= 8
+    covered = sum(low <= true <= high for low, high in (r.interval(0.9) for r in runs))
+    assert covered >= 65  # 72 are expected; two probes and the normal quantile covered 40 to 62
 
 
 @pytest.mark.parametrize("kept", [1, 2, 3])
