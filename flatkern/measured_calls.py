@@ -22,8 +22,10 @@ from flatkern.ggn_eigenvalues import ggn_spectrum
 from flatkern.kronecker import kfac
 from flatkern.operators.batches import OperatorData, reading
 from flatkern.problem import model_device
+from flatkern.results import HessianTrace
 from flatkern.samples import count_samples, take
 from flatkern.tangent_kernel import ntk
+from flatkern.trace_allotted import LEAST_SAMPLES
 from flatkern.traces import hessian_trace
 
 __all__ = ["MEASURED", "Measured", "measured"]
@@ -128,7 +130,7 @@ def measured(fn: Callable[..., Any], arguments: dict[str, Any]) -> Measured:
         matvecs=getattr(large.result, "matvecs", 0),
         bytes=taken,
         seconds=seconds,
-        notes=_notes(data, large, chunk, estimated=arguments.get("samples", 0) is None),
+        notes=_notes(data, large, chunk, arguments),
     )
 
 
@@ -248,10 +250,12 @@ def _passes(run: _Run) -> int:
     return passes or max((getattr(model, "cotangents", 1) for model in run.peaks), default=1)
 
 
-def _notes(data: _Data, run: _Run, chunk: int, *, estimated: bool) -> tuple[str, ...]:
+def _notes(data: _Data, run: _Run, chunk: int, arguments: dict[str, Any]) -> tuple[str, ...]:
     notes = [f"measured on {run.samples} of {data.total} samples; {chunk} at a time"]
     if data.batches > 1:
         notes.append(f"{data.batches} batches; the largest has {data.batch} samples")
-    if estimated and getattr(run.result, "samples", None) is not None:
+    if arguments.get("samples", 0) is None and getattr(run.result, "samples", None) is not None:
         notes.append("the number of draws is an estimate")
+        if isinstance(run.result, HessianTrace) and data.batch >= LEAST_SAMPLES:
+            notes.append("on all samples the Gauss-Newton part may be sketched as well, which takes less time")
     return tuple(notes)

@@ -134,6 +134,26 @@ def test_calls_over_data(name, make, max_memory):
     assert f"of {len(x)} samples" in planned.notes[0]
 
 
+def test_a_trace_to_a_tolerance_says_that_it_may_be_cheaper():
+    torch.manual_seed(0)
+    layers = [
+        nn.Linear(6, 8),
+        nn.Tanh(),
+        nn.Linear(8, 8),
+        nn.GELU(),
+        nn.Linear(8, 8),
+        nn.Tanh(),
+        nn.Linear(8, 3),
+    ]
+    model, x, y = nn.Sequential(*layers), torch.randn(200, 6), torch.randint(3, (200,))
+    planned = fk.plan(fk.hessian_trace, model, CE, (x, y), rtol=0.05)
+    assert any("may be sketched as well" in note for note in planned.notes)
+    few = fk.plan(fk.hessian_trace, model, CE, (x[:100], y[:100]), rtol=0.05)
+    assert not any("sketched" in note for note in few.notes)
+    exact = fk.plan(fk.hessian_trace, model[:3], CE, (x, y % 3), rtol=0.05)
+    assert not any("estimate" in note or "sketched" in note for note in exact.notes)
+
+
 @pytest.mark.parametrize("make", [problem, conv_net])
 @pytest.mark.parametrize("name", ["ntk", "ntk of two sets", "ggn_spectrum", "with vectors"])
 def test_gram_matrices(name, make):
