@@ -12,6 +12,7 @@ from torch import Tensor
 from flatkern.bidiagonal import Bidiagonals, LockstepBidiagonalization, Product
 from flatkern.estimators.quadrature import Tridiagonals
 from flatkern.sample_map import SampleMap
+from flatkern.signs import draw_signs
 from flatkern.spectra import rank_tolerance
 
 __all__ = [
@@ -135,7 +136,7 @@ def measure_krylov(jacobians: SampleMap, settings: KrylovSettings, generator: to
 
     start = torch.randn(n, size, generator=generator, dtype=torch.float64).to(like)
     top = largest_singular(rows(there), rows(back), start, settings)
-    probes = [_signs(n, size, generator, like) for _ in range(settings.probes)]
+    probes = [draw_signs((n, size), generator, like.device, like.dtype) for _ in range(settings.probes)]
     energy, quartic = (t.to(like.device) for t in top.bidiagonals.captured)
     nothing = torch.full((n,), math.nan, dtype=torch.float64)
     spread = _energies(there, back, top.basis, probes, energy, quartic) if probes else (nothing,) * 4
@@ -150,11 +151,6 @@ def measure_krylov(jacobians: SampleMap, settings: KrylovSettings, generator: to
         volume = (*(nothing,) * 3, torch.zeros(n, dtype=torch.bool), *(nothing,) * 4)
     host = [top.values, top.residuals, top.upper, top.converged, top.leading, *spread, *volume]
     return KrylovChunk(*(t.cpu() for t in host))
-
-
-def _signs(n: int, size: int, generator: torch.Generator, like: Tensor) -> Tensor:
-    signs = torch.randint(0, 2, (n, size), generator=generator, dtype=torch.int8)
-    return signs.to(like.device, like.dtype).mul_(2).sub_(1)
 
 
 def _energies(

@@ -14,6 +14,7 @@ from flatkern.gradient_rows import GradientRows
 from flatkern.linearize import Forward
 from flatkern.losses import Reduction
 from flatkern.problem import Layout
+from flatkern.signs import draw_signs
 
 __all__ = ["ggn_draws"]
 
@@ -53,8 +54,7 @@ def ggn_draws(
     layout = Layout(rows.parameters)
 
     def roots(output: Tensor, target: Any, _start: int) -> Tensor:
-        signs = torch.randint(0, 2, output.shape, generator=generator, dtype=torch.int8)
-        return sketch(output, target, signs.to(output.device, output.dtype).mul_(2).sub_(1))[None]
+        return sketch(output, target, draw_signs(output.shape, generator, output.device, output.dtype))[None]
 
     sketched = GradientRows(model, rows, rows.parameters, roots, forward=rows.forward, cotangents=1)
     found = []

@@ -20,6 +20,7 @@ from flatkern.linearize import Forward, Linearization, linearizations
 from flatkern.problem import check_output, preserve_state
 from flatkern.results import Estimate, standard_error
 from flatkern.samples import take
+from flatkern.signs import draw_signs
 from flatkern.squared_norms import SquaredNorms, layer_of, parameter_squared_norms
 
 __all__ = ["Method", "Roots", "Settings", "estimate_trace"]
@@ -243,8 +244,7 @@ def _draw(problem: _Problem, generator: torch.Generator, count: int) -> _Draws:
         weight += problem.roots.weight(output, target)
         values = []
         for _ in range(count):
-            signs = torch.randint(0, 2, output.shape, generator=generator, dtype=torch.int8)
-            signs = signs.to(output.device).mul_(2).sub_(1)  # bytes: outputs may be large
+            signs = draw_signs(output.shape, generator, output.device)
             root = problem.roots.sketch(output, target, signs).unsqueeze(0)
             norms = parameter_squared_norms(problem.model, lin, root, problem.parameters)
             values.append(norms.total)

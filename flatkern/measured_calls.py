@@ -257,5 +257,7 @@ def _notes(data: _Data, run: _Run, chunk: int, arguments: dict[str, Any]) -> tup
     if arguments.get("samples", 0) is None and getattr(run.result, "samples", None) is not None:
         notes.append("the number of draws is an estimate")
         if isinstance(run.result, HessianTrace) and data.batch >= LEAST_SAMPLES:
-            notes.append("on all samples the Gauss-Newton part may be sketched as well, which takes less time")
+            notes.append(
+                "on all samples the Gauss-Newton part may be sketched as well, which takes less time"
+            )
     return tuple(notes)

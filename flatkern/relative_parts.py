@@ -32,6 +32,7 @@ from flatkern.problem import select_parameters
 from flatkern.residual_operator import residual_operator
 from flatkern.results import Estimate, standard_error
 from flatkern.samples import count_samples, take
+from flatkern.signs import draw_signs
 from flatkern.verdicts import not_affine
 
 __all__ = ["LayerProblem", "RelativeFlatness", "find_layer", "weighted_norms"]
@@ -188,8 +189,9 @@ class LayerProblem:
         sketch, generator = loss.sketch, self._generator
 
         def roots(output: Tensor, target: Any) -> Tensor:
-            signs = torch.randint(0, 2, output.shape, generator=generator, dtype=torch.int8)
-            return sketch(output, target, signs.to(output.device, output.dtype).mul_(2).sub_(1))[None]
+            return sketch(output, target, draw_signs(output.shape, generator, output.device, output.dtype))[
+                None
+            ]
 
         return torch.stack([self._chunked(roots) for _ in range(count)])
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from flatkern.freedom import SummedVariance
 from flatkern.linearize import Linearization
 from flatkern.losses import Loss
+from flatkern.signs import draw_signs
 from flatkern.squared_norms import parameter_squared_norms
 from flatkern.trace_groups import columns_of, group_columns, over_bound
 from flatkern.trace_plan import Way
@@ -53,8 +54,8 @@ class GroupSketch:
         values: list[Tensor] = []
         alone = bound = torch.zeros(len(output), dtype=torch.float64, device=output.device)
         for draw in range(way.draws):
-            signs = torch.randint(0, 2, columns.shape[:2], generator=self.generator, dtype=torch.int8)
-            roots = groups.combined(columns, signs.T.to(output.device) * 2 - 1)
+            signs = draw_signs(columns.shape[:2], self.generator, output.device)
+            roots = groups.combined(columns, signs.T)
             if draw == 0 and way.alone:
                 alone = self._squares(lin, roots[: way.alone])
             drawn = roots[way.alone :]
