@@ -64,4 +64,4 @@ class SummedVariance:
     def dof(self) -> int | None:
         """ν as :class:`flatkern.Estimate` states it; ``None`` where the error is 0 or not known."""
         freedom = self.freedom
-        return int(freedom) if freedom < float("inf") else None
+        return int(freedom + 1e-9) if freedom < float("inf") else None

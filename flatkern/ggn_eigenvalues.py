@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flatkern.curvature_rows import CurvatureRows, Survey
+from flatkern.estimators.common import check_count
 from flatkern.estimators.eigenpairs import eigsh
 from flatkern.ggn_entries import summed_products
 from flatkern.gradient_rows import gram
@@ -121,6 +122,7 @@ def ggn_spectrum(
     for name, value in (("k", k), ("max_size", max_size)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
+    check_count(seed, "seed", least=0)
     rows = CurvatureRows(model, loss_fn, data, params=params, reduction=reduction, forward=forward)
     survey = rows.survey()
     parameters = sum(p.numel() for p in rows.parameters.values())

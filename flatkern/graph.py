@@ -23,6 +23,7 @@ __all__ = [
     "compare_batches",
     "first_with_samples",
     "in_order",
+    "is_complex",
     "on_parameters_alone",
     "shapes_of",
 ]
@@ -98,6 +99,12 @@ def shapes_of(node: Node) -> tuple[torch.Size, ...]:
     """Of all outputs of an operation."""
     metadata: Any = getattr(node, "_input_metadata", ())
     return tuple(torch.Size(m.shape) for m in metadata)
+
+
+def is_complex(node: Node, output: int | None = None) -> bool:
+    """Whether an output of an operation (any of them) holds complex numbers."""
+    metadata: Any = getattr(node, "_input_metadata", ())
+    return any(m.dtype.is_complex for m in (metadata if output is None else metadata[output : output + 1]))
 
 
 @dataclass

@@ -65,7 +65,9 @@ class Settings:
             raise ValueError(f"method: expected 'auto', 'exact' or 'sketch', got {self.method!r}")
         if not 0 < self.rtol < 1:
             raise ValueError(f"rtol: expected a relative error between 0 and 1, got {self.rtol!r}")
-        if self.samples is not None and (not isinstance(self.samples, int) or self.samples < 1):
+        if self.samples is not None and (
+            not isinstance(self.samples, int) or self.samples is True or self.samples < 1
+        ):
             raise ValueError(f"samples: expected a number of draws of at least 1, got {self.samples!r}")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
             raise ValueError(f"seed: expected an integer of at least 0, got {self.seed!r}")
@@ -282,7 +284,7 @@ def _result(
     return Estimate(
         value=value,
         stderr=stderr,
-        sample_stderr=standard_error(per_sample),
+        sample_stderr=standard_error(per_sample, stderr),
         method=method,
         num_data=n,
         passes=passes,

@@ -43,8 +43,8 @@ def last_dense(lin: Linearization, parameters: Mapping[str, Tensor]) -> str:
             continue
         if operation(node) in _PRODUCTS and any(below is None for below, _ in node.next_functions[-2:]):
             raise ValueError(
-                "layer: the last product in the model is with a constant (is the last layer frozen?); name one with "
-                "layer="
+                "layer: the model's output comes from a product that none of the chosen dense layers makes (a frozen "
+                "layer, fixed weights, a mixture of branches?); name one with layer="
             )
         for below, _ in node.next_functions:
             if below is not None and below not in seen:

@@ -21,10 +21,7 @@ R = TypeVar("R")
 
 @contextmanager
 def left_as_found(model: nn.Module, data: Any) -> Iterator[None]:
-    """Buffers, the global generators and those of a loader are restored, on errors too.
-
-    A ``DataLoader`` draws a seed from torch's global generator whenever it is read, even without shuffling.
-    """
+    """Buffers, the global generators and those of a loader are restored, on errors too."""
     with preserve_state(model, allow_random=True), reading(data):
         yield
 

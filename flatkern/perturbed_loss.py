@@ -20,6 +20,7 @@ from flatkern.problem import (
     call_with,
     check_model,
     check_output,
+    pairs_aligned,
     preserve_state,
     select_parameters,
 )
@@ -103,7 +104,7 @@ class PerturbedLoss:
         leaf = self.theta.clone() if delta is None else self.theta + delta.to(self.theta)
         leaf.requires_grad_(with_gradient)
         tensors = {
-            f"model.{name}": value.to(self.parameters[name].dtype)
+            f"model.{name}": pairs_aligned(value).to(self.parameters[name].dtype)
             for name, value in self.layout.unflatten(leaf).items()
         }
         total: Tensor | float = 0.0  # read once a pass

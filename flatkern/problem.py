@@ -24,6 +24,7 @@ __all__ = [
     "differentiation",
     "is_pair",
     "model_device",
+    "pairs_aligned",
     "preserve_state",
     "select_parameters",
 ]
@@ -47,8 +48,22 @@ def select_parameters(model: nn.Module, params: ParameterSelection = None) -> di
 
     Raises:
         ValueError: nothing is selected, a name matches nothing, or a named parameter is frozen.
+        TypeError: a selected parameter is complex.
     """
     named = dict(model.named_parameters())  # a tied tensor appears once, under its first name
+    chosen = _selected(model, named, params)
+    for name, p in chosen.items():
+        if p.is_complex():
+            raise TypeError(
+                f"model: parameter {name!r} is complex, which is not supported; keep it as a real parameter [..., 2] "
+                "for torch.view_as_complex, or leave it out with params="
+            )
+    return chosen
+
+
+def _selected(
+    model: nn.Module, named: Mapping[str, nn.Parameter], params: ParameterSelection
+) -> dict[str, nn.Parameter]:
     if params is None:
         chosen = {name: p for name, p in named.items() if p.requires_grad}
         if not chosen:
@@ -57,6 +72,8 @@ def select_parameters(model: nn.Module, params: ParameterSelection = None) -> di
             )
         return chosen
     patterns = [params] if isinstance(params, str) else list(params)
+    if not patterns:
+        raise ValueError("params: an empty list selects no parameter; leave params out to take all")
     aliases = dict(model.named_parameters(remove_duplicate=False))
     by_identity = {id(p): name for name, p in named.items()}
     chosen = {}
@@ -76,6 +93,13 @@ def select_parameters(model: nn.Module, params: ParameterSelection = None) -> di
     if not chosen:
         raise ValueError(f"params: {params!r} selects only frozen parameters")
     return {name: p for name, p in named.items() if name in chosen}
+
+
+def pairs_aligned(t: Tensor) -> Tensor:
+    """A tensor of pairs as ``torch.view_as_complex`` takes it: no pair begins at an odd place of the storage."""
+    if t.ndim and t.shape[-1] == 2 and (t.storage_offset() % 2 or any(s % 2 for s in t.stride()[:-1])):
+        return t.clone(memory_format=torch.contiguous_format)
+    return t
 
 
 class Layout:
@@ -141,7 +165,7 @@ class Batches:
         for item in self._source:
             if not is_pair(item):
                 raise TypeError(f"data: every batch must be a pair of tensors (x, y), got {_describe(item)}")
-            x, y = item[0].to(self.device), item[1].to(self.device)
+            x, y = (_differentiable(t.to(self.device)) for t in item)
             if x.ndim == 0 or len(x) == 0:
                 raise ValueError("data: a batch is empty; axis 0 holds the samples and needs at least one")
             if y.ndim > 0 and len(y) != len(x):
@@ -150,6 +174,11 @@ class Batches:
             yield x, y
         if empty:
             raise ValueError("data: no batch in it")
+
+
+def _differentiable(t: Tensor) -> Tensor:
+    """A tensor made under ``torch.inference_mode`` cannot be saved for a backward pass; its copy can."""
+    return t.clone() if t.is_inference() else t
 
 
 def is_pair(item: Any) -> bool:

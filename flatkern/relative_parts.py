@@ -181,7 +181,15 @@ class LayerProblem:
         draws, notes = run.values, run.notes("sign draws", "max_samples")
         found = self._exact(draws.mean(0), f"{len(draws)} sign draws", len(draws))
         error = SummedVariance.of_means(draws).scaled(1 / self._survey.denominator)
-        return replace(found, stderr=error.stderr, dof=error.dof, converged=not notes, notes=notes)
+        assert found.per_sample is not None
+        return replace(
+            found,
+            stderr=error.stderr,
+            sample_stderr=standard_error(found.per_sample, error.stderr),
+            dof=error.dof,
+            converged=not notes,
+            notes=notes,
+        )
 
     def _draw(self, loss: Loss, count: int) -> Tensor:
         """κ's numerator of every draw and sample, float64 [count, n]."""

@@ -135,8 +135,15 @@ class PerSample:
         return len(self.values)
 
 
-def standard_error(values: Tensor) -> float | None:
-    """Standard error of the mean of independent values [n]: sd/√n; ``None`` with fewer than two."""
-    if len(values) < 2:
+def standard_error(values: Tensor, own: float = 0.0) -> float | None:
+    """Standard error of the mean of independent values [n] over their population: √(s²/n − own²).
+
+    Args:
+        values: [n].
+        own: standard error that the mean has because each value is an estimate; it is in the spread and taken out.
+
+    ``None`` with fewer than two values, and where ``own`` is not known (NaN).
+    """
+    if len(values) < 2 or own != own:
         return None
-    return float(values.double().std() / len(values) ** 0.5)
+    return max(float(values.double().var()) / len(values) - own**2, 0.0) ** 0.5

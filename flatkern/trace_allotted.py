@@ -164,6 +164,7 @@ class Allotment:
         """‖∂ℓ_i/∂f_i‖, ‖s_ik‖² and the part of the denominator."""
         loss = self._runs.loss
         output, target = self._runs.outputs(x, y, part)
+        check_target(loss, output, target, [False])
         squares = columns_of(loss, output, target).double().square().flatten(2).sum(2).T
         return residual_norms(loss, output, target), squares, float(loss.weight(output, target))
 
@@ -194,9 +195,11 @@ class Allotment:
 
     def _plan(self, batches: list[Batch], spread: Expected, cost: float) -> list[list[Share]] | None:
         runs = self._runs
-        energies = [float(b.residuals.square().sum()) for b in batches]
         denominator = runs.loss.denominator(sum(b.weight for b in batches))
-        value = sum(energies) / energies[0] * (spread.ggn + spread.residual) / denominator
+        squares = [float(b.squares.sum()) for b in batches]
+        residuals = [float(b.residuals.sum()) for b in batches]
+        value = spread.ggn * sum(squares) / squares[0] + spread.residual * sum(residuals) / residuals[0]
+        value /= denominator
         allowed = (self._goal.tolerance(value) * denominator) ** 2
         by_batch = [outlooks(batch, spread) for batch in batches]
         together = [outlook for some in by_batch for outlook in some]

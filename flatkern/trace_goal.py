@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from flatkern.estimators.common import check_count
 from flatkern.freedom import LEAST, SummedVariance
 
-__all__ = ["Goal", "Sampled", "Spread"]
+__all__ = ["Goal", "Sampled", "Spread", "together"]
 
 RESERVE = 1.5
 """Planned probes over those that the pilot's spread asks for, which is itself known to some 10 % only."""
@@ -59,7 +60,7 @@ class Goal:
             taken: standard error that what is added has itself (a sketch's); at least a quarter of the square
                 stays for the residual.
         """
-        if not denominator > 0 or spread.variance == 0.0:
+        if not denominator > 0 or spread.variance == 0.0 or not math.isfinite(spread.variance):
             return 2
         least = 1 + math.ceil(LEAST / spread.effective)
         tolerance = self.tolerance(exact + spread.mean / denominator) * share**0.5
@@ -74,7 +75,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Spread:
-    """A pilot's sums over samples: their means, the variance of one probe, their part of the denominator."""
+    """Expected sums over samples: their means, the variance of one probe, their part of the denominator."""
 
     mean: float
     variance: float
@@ -83,12 +84,6 @@ class Spread:
     """(Σ_i σ_i²)² / Σ_i σ_i⁴ of the samples seen: on so many of them the variance lies."""
     complete: bool = False
     """Whether the pilot saw all samples."""
-
-    def scaled(self, factor: float) -> Spread:
-        """The sums of so many times as many samples of the same kind; no more of them may count than were seen."""
-        return replace(
-            self, mean=self.mean * factor, variance=self.variance * factor, weight=self.weight * factor
-        )
 
 
 @dataclass
@@ -110,6 +105,14 @@ class Sampled:
         self.totals = total if self.totals is None else self.totals + total
 
     @property
+    def uninformative(self) -> bool:
+        """Whether all draws coincide though they are too few for that to tell anything."""
+        n = sum(t.shape[-1] for t in self.means)
+        if self.dof * n >= LEAST or any(bool(t.any()) for t in self.variances):
+            return False
+        return any(bool(t.any()) for t in self.means)
+
+    @property
     def dof(self) -> int:
         """Of each variance."""
         return max(1, self.probes - 1)
@@ -127,3 +130,9 @@ class Sampled:
         for values in self.variances:
             total.add(values, self.dof)
         return total
+
+
+def together(parts: list[Tensor]) -> Tensor:
+    """Chunks [rows, n] side by side; those in which nothing was drawn have a single row of zeros."""
+    rows = max(len(part) for part in parts)
+    return torch.cat([F.pad(part, (0, 0, 0, rows - len(part))) for part in parts], 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,17 +14,17 @@ from flatkern.estimators import trace
 from flatkern.flatness import ggn_trace
 from flatkern.freedom import SummedVariance
 from flatkern.linearize import Forward
-from flatkern.loss_data import residual_norms
+from flatkern.loss_data import check_target, residual_norms
 from flatkern.losses import Loss, Reduction
 from flatkern.operators import hessian
 from flatkern.recorded_runs import RecordedRuns
 from flatkern.residual import Chunk, Sites, Twice
-from flatkern.results import Estimate, HessianTrace
+from flatkern.results import Estimate, HessianTrace, standard_error
 from flatkern.sample_axis import FEW
 from flatkern.samples import count_samples
 from flatkern.tape import UnsupportedError
 from flatkern.trace_allotted import Allotment, Found
-from flatkern.trace_goal import Goal, Sampled, Spread
+from flatkern.trace_goal import Goal, Sampled, Spread, together
 from flatkern.trace_survey import largest_and_some
 
 __all__ = ["Split"]
@@ -140,8 +140,7 @@ class Split:
         )
         assert ggn.num_data is not None
         assert ggn.per_sample is not None
-        planned = self._plan(pilot.scaled(ggn.num_data), ggn)
-        drawing = pilot.variance > 0
+        planned = self._plan(pilot, ggn)
         if not probes and planned > SECOND_PILOT and ggn.num_data > PILOT_SAMPLES:
             planned = self._plan(self._sample(method, PILOT_PROBES)[0].spread(), ggn)
         size = sum(p.numel() for p in self.parameters.values())
@@ -152,8 +151,8 @@ class Split:
         sampled, how, layers = self._sample(method, used)
         denominator = self.loss.denominator(sampled.weight)
         n = ggn.num_data
-        mean = torch.cat(sampled.means, -1) / denominator  # [rows, n]
-        spread = torch.cat(sampled.variances, -1) / (denominator**2 * used)
+        mean = together(sampled.means) / denominator  # [rows, n]
+        spread = together(sampled.variances) / (denominator**2 * used)
         residual = mean.sum(0)
         error = sampled.summed().scaled(1 / (denominator * used**0.5))
         error.add(ggn.stderr**2, ggn.dof or math.inf)
@@ -164,22 +163,25 @@ class Split:
             rest = self.plain("; ".join(self.refused.values()), started, list(self.refused))
             value += rest.value
             error.add(rest.stderr**2, rest.dof or math.inf)
-        stderr = error.stderr
+        drawn = how != "exact"
+        blind = drawn and sampled.uninformative
+        stderr = math.nan if blind else error.stderr
         if not math.isfinite(value):
             raise ValueError("model: second derivatives overflow or are NaN at this θ; measure in float64")
         met = not self.goal.given or stderr <= self.goal.tolerance(value)
         notes = list(ggn.notes) + ([] if rest is None else list(rest.notes))
         if planned > used:
             notes.append(f"max_samples allowed {used} probes; {planned} were planned")
+        elif blind:
+            notes.append("the few draws coincide, which says nothing of their error: take more samples")
         elif not met:
             notes.append("the probes spread more than the pilot's did; run again with more samples")
-        drawn = stderr > 0 or drawing
         by_layer = self._by_layer(ggn, mean, spread, layers) if self.per_layer else None
         return HessianTrace(
             value=value,
             stderr=stderr,
-            sample_stderr=None if rest is not None else _over_samples(per_sample, spread.sum(0) * n**2),
-            method=self._describe(how if drawn or self._runs.verdicts else "", used, ggn),
+            sample_stderr=None if rest is not None else standard_error(per_sample, stderr),
+            method=self._describe(how, used, ggn),
             num_data=n,
             matvecs=0 if rest is None else rest.matvecs,
             passes=ggn.passes + 1 + (used if drawn else 0),
@@ -220,7 +222,8 @@ class Split:
         return HessianTrace(
             value=value,
             stderr=stderr,
-            sample_stderr=_over_samples(per_sample, found.noise * (n / denominator) ** 2),
+            # of values drawn once nothing is known by themselves
+            sample_stderr=standard_error(per_sample, float(found.noise.sum()) ** 0.5 / denominator),
             method=self._described(found),
             num_data=n,
             passes=round(found.cotangents + found.probes) + 1,
@@ -260,47 +263,63 @@ class Split:
     ) -> tuple[dict[str, float], dict[str, float]]:
         values = dict(ggn.per_layer or {})
         errors = dict.fromkeys(values, 0.0)
-        for layer, m, s in zip(layers, mean, spread, strict=True):
+        for layer, m, s in zip(layers, mean, spread, strict=False):  # no layers where nothing had to be drawn
             values[layer] = values.get(layer, 0.0) + float(m.sum())
             errors[layer] = float(s.sum()) ** 0.5
         return values, errors
 
     def _pilot(self, method: str) -> Spread:
-        """On a few samples, a sample."""
+        """Over all data, from a few samples of the first batch that has a residual, and sizes of all of them."""
+        found, ours, energy, size, weight = None, (0.0, 0.0), 0.0, 0.0, 0.0
         for x, y in self._runs.batches():
-            n, step = count_samples(x), self._runs.step(x)
-            drawing = self.goal.samples is None  # with a number of probes given, only the verdict is wanted
-            chosen, counts, weight = self._chosen(x, y) if drawing else (torch.arange(min(n, FEW)), None, 0.0)
-            total, spread = 0.0, SummedVariance()
-            probes = max(PILOT_PROBES, 1 + math.ceil(PILOT_FREEDOM / len(chosen)))
-            parts = list(torch.arange(len(chosen)).split(step))
-            chunks = self._runs.chunks(x, y, [chosen[part].tolist() for part in parts])
-            for part, (_, chunk, target) in zip(parts, chunks, strict=True):
-                evaluator, part_weight = self._evaluator(chunk, target, method)
-                self.refused.update(chunk.refused)
-                weight += part_weight if counts is None else 0.0
-                if evaluator is not None and drawing:
-                    count = 2 if evaluator.exact else probes
-                    values = torch.stack([evaluator.draw(self.generator) for _ in range(count)])
-                    times = torch.ones_like(values[0]) if counts is None else counts[part].to(values)
-                    total += float((values.mean(0) * times).sum())
-                    spread.add(values.var(0), probes - 1, times)
-                del chunk, evaluator
-            return Spread(total, spread.value, weight, spread.freedom / (probes - 1)).scaled(1 / n)
-        raise ValueError("data: no batch in it")
+            if self.goal.samples is not None:  # only the verdict is wanted
+                self._look(x, y, method, torch.arange(min(count_samples(x), FEW)), None)
+                return Spread(0.0, 0.0, 0.0)
+            norms, part = self._norms(x, y)
+            batch = float(norms.square().sum()), float(norms.sum())
+            energy, size, weight = energy + batch[0], size + batch[1], weight + part
+            if found is None or (ours[0] == 0 and batch[0] > 0):
+                chosen, counts = torch.arange(len(norms)), None
+                if len(norms) > PILOT_SAMPLES:
+                    chosen, counts = largest_and_some(norms, PILOT_SAMPLES)
+                found, ours = self._look(x, y, method, chosen, counts), batch
+        if found is None:
+            raise ValueError("data: no batch in it")
+        if ours[0] > 0:
+            found = replace(
+                found, mean=found.mean * size / ours[1], variance=found.variance * energy / ours[0]
+            )
+        return replace(found, weight=weight)
 
-    def _chosen(self, x: Any, y: Tensor | None) -> tuple[Tensor, Tensor | None, float]:
-        """Samples of a batch for the pilot; how many each stands for and the batch's part of the denominator, if not 1
-        and theirs.
-        """
+    def _look(self, x: Any, y: Tensor | None, method: str, chosen: Tensor, counts: Tensor | None) -> Spread:
+        """Probes on some samples of a batch, each of which stands for so many (none without ``counts``: for itself)."""
+        step = self._runs.step(x)
+        total, spread = 0.0, SummedVariance()
+        probes = max(PILOT_PROBES, 1 + math.ceil(PILOT_FREEDOM / len(chosen)))
+        parts = list(torch.arange(len(chosen)).split(step))
+        chunks = self._runs.chunks(x, y, [chosen[part].tolist() for part in parts])
+        for part, (_, chunk, target) in zip(parts, chunks, strict=True):
+            evaluator, _ = self._evaluator(chunk, target, method)
+            self.refused.update(chunk.refused)
+            if evaluator is not None and self.goal.samples is None:
+                count = 2 if evaluator.exact else probes
+                values = torch.stack([evaluator.draw(self.generator) for _ in range(count)])
+                times = torch.ones_like(values[0]) if counts is None else counts[part].to(values)
+                total += float((values.mean(0) * times).sum())
+                spread.add(values.var(0), probes - 1, times)
+            del chunk, evaluator
+        return Spread(total, spread.value, 0.0, spread.freedom / (probes - 1))
+
+    def _norms(self, x: Any, y: Tensor | None) -> tuple[Tensor, float]:
+        """‖∂ℓ_i/∂f_i‖ of a batch on the CPU, [n], and its part of the denominator."""
         n, step = count_samples(x), self._runs.step(x)
-        if n <= PILOT_SAMPLES:
-            return torch.arange(n), None, 0.0
-        found = [self._runs.outputs(x, y, slice(i, min(i + step, n))) for i in range(0, n, step)]
-        sizes = torch.cat([residual_norms(self.loss, *pair) for pair in found])
-        return *largest_and_some(sizes.cpu(), PILOT_SAMPLES), sum(
-            float(self.loss.weight(*pair)) for pair in found
-        )
+        norms, weight = [], 0.0
+        for start in range(0, n, step):
+            output, target = self._runs.outputs(x, y, slice(start, min(start + step, n)))
+            check_target(self.loss, output, target, [False])
+            norms.append(residual_norms(self.loss, output, target))
+            weight += float(self.loss.weight(output, target))
+        return torch.cat(norms).cpu(), weight
 
     def _plan(self, spread: Spread, ggn: Estimate) -> int:
         denominator = spread.weight if self.loss.reduction == "mean" else 1.0
@@ -322,8 +341,7 @@ class Split:
                     raise UnsupportedError(f"batches use {', '.join(sorted(unknown))} in different ways")
                 n = len(chunk.output)
                 if evaluator is None:
-                    rows = 1 if layers is None else len(layers)
-                    values = torch.zeros(2, rows, n, dtype=torch.float64, device=chunk.output.device)
+                    values = torch.zeros(2, 1, n, dtype=torch.float64, device=chunk.output.device)
                 elif self.per_layer:
                     assert isinstance(evaluator, Twice)
                     layers = evaluator.layers if layers is None else layers
@@ -342,11 +360,3 @@ class Split:
                 sampled.add(values if len(values) == probes else values[:1].expand(probes, -1, -1))
                 del chunk, evaluator
         return sampled, how, layers or ()
-
-
-def _over_samples(values: Tensor, noise: Tensor) -> float | None:
-    """Standard error of the mean over samples, the estimator's own variance of each value taken out."""
-    if len(values) < 2:
-        return None
-    own = float(values.var()) - float(noise.mean())
-    return (max(own, 0.0) / len(values)) ** 0.5

@@ -71,21 +71,22 @@ def hessian_trace(
         forward: (model, batch) → (output, target), as for :func:`ggn_trace`.
         rtol: aim at stderr ≤ rtol · |trace|; 0.01 where neither ``atol`` nor ``samples`` is given.
         atol: aim at stderr ≤ atol; with both, the looser one counts.
-        samples: number of probes, at least 2; then there is no pilot, and the GGN part is exact.
+        samples: number of probes, at least 2; then there is no pilot, and the GGN part is that of :func:`ggn_trace`
+            (exact for up to 64 cotangents a sample).
         max_samples: never more probes than this (``converged`` is then false).
         method: ``"sites"`` (a tangent pass a probe; all operations need a rule), ``"double-backward"`` (any
             operation), ``"hutchinson"`` (``fk.trace(fk.hessian(...))``), or ``"auto"``: the first that works.
-        per_layer: also split value and error by layer; the GGN part is then exact, and the sampled part takes double
-            backward passes.
+        per_layer: also split value and error by layer; the GGN part is then that of :func:`ggn_trace`, and the sampled
+            part takes double backward passes.
         seed: an integer; or ``generator``. The global generator is never used.
         generator: see ``seed``.
         max_memory: bytes of the working set; default 1 GiB. Samples are chunked to fit.
 
     Returns:
         A :class:`HessianTrace`: ``stderr`` is the estimator's own error, √(Σ_i s_i²/k) over the samples' own k values
-        (a bound on it where one draw was enough), with its degrees of freedom in ``dof``, and 0 where everything was
-        exact; ``sample_stderr`` is that of the
-        mean over samples with the estimator's part taken out. ``exact`` and ``sampled`` name the parameters.
+        (a bound on it where one draw was enough), with its degrees of freedom in ``dof``; 0 where everything was exact,
+        NaN where a handful of draws coincide. ``sample_stderr`` is that of the mean over samples with the estimator's
+        part taken out. ``exact`` and ``sampled`` name the parameters.
         ``samples`` holds the k probe values; ``None`` where both parts were planned together, or a parameter was left
         to the plain estimator.
 

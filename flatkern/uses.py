@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from flatkern.graph import ISOMETRIC, SPLITS, TRANSPOSES, Graph, Layouts, on_parameters_alone, shapes_of
+from flatkern.graph import (
+    ISOMETRIC,
+    SPLITS,
+    TRANSPOSES,
+    Graph,
+    Layouts,
+    is_complex,
+    on_parameters_alone,
+    shapes_of,
+)
 from flatkern.layers.embedding import padding_index
 from flatkern.layers.outer import OuterTerm
 from flatkern.layers.rule import Cotangent, Opened, Site, operation, rule_for
@@ -125,6 +134,8 @@ def _uses_of(
             layout = None if layouts is None else layouts.of(graph.index[node])
             rule = rule_for(node)
             if rule is None or (layouts is not None and layout is None):
+                return None
+            if is_complex(node) or is_complex(below):  # rules are for real numbers
                 return None
             source = None if below is leaf else (below, consumer.output)
             shape = parameter.shape if source is None else shapes_of(below)[consumer.output]

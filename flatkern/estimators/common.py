@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from flatkern.operators.base import LinearOperator
 __all__ = [
     "NotDefiniteError",
     "NotSymmetricError",
+    "in_own_precision",
     "make_generator",
     "progress_bar",
     "require_finite",
@@ -31,6 +34,23 @@ class NotSymmetricError(ValueError):
 
 class NotDefiniteError(ValueError):
     """An algorithm for positive definite operators was given one that is not."""
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def in_own_precision(function: Callable[P, R]) -> Callable[P, R]:
+    """Vectors keep their dtype under ``torch.autocast``; an operator enters its own region."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")):
+            return function(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*args, **kwargs)
+
+    return call
 
 
 def square_operator(op: Any) -> LinearOperator:

@@ -16,6 +16,7 @@ from flatkern.estimators.common import (
     NotSymmetricError,
     check_count,
     check_positive,
+    in_own_precision,
     make_generator,
     progress_bar,
     require_finite,
@@ -62,6 +63,7 @@ class Diagonal:
         return len(self.values)
 
 
+@in_own_precision
 def diagonal(
     op: Any,
     *,

@@ -14,6 +14,7 @@ from flatkern.estimators.checkpoint import Checkpoint, require_seed
 from flatkern.estimators.common import (
     check_count,
     check_positive,
+    in_own_precision,
     make_generator,
     progress_bar,
     require_finite,
@@ -56,6 +57,7 @@ class Eigenpairs:
         return len(self.values)
 
 
+@in_own_precision
 def eigsh(
     op: Any,
     k: int = 6,

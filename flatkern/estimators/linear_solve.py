@@ -14,6 +14,7 @@ from flatkern.estimators.checkpoint import Checkpoint
 from flatkern.estimators.common import (
     check_count,
     check_positive,
+    in_own_precision,
     progress_bar,
     square_operator,
 )
@@ -45,6 +46,7 @@ class Solution:
     notes: tuple[str, ...] = ()
 
 
+@in_own_precision
 def solve(
     op: Any,
     B: Tensor,

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 
+from flatkern.estimators.common import in_own_precision
 from flatkern.estimators.function_trace import FunctionTrace
 from flatkern.estimators.matrix_function import Method, integrate_trace
 
 __all__ = ["logdet"]
 
 
+@in_own_precision
 def logdet(
     op: Any,
     *,

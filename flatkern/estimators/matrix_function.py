@@ -16,6 +16,7 @@ from flatkern.estimators.common import (
     NotSymmetricError,
     check_count,
     check_positive,
+    in_own_precision,
     make_generator,
     progress_bar,
     require_finite,
@@ -40,6 +41,7 @@ FEWEST_KEPT = 16
 Method = Literal["auto", "slq", "exact"]
 
 
+@in_own_precision
 def trace_function(
     op: Any,
     f: Callable[[Tensor], Tensor],

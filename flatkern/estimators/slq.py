@@ -12,6 +12,7 @@ from torch import Tensor
 from flatkern.estimators.checkpoint import Checkpoint, require_seed
 from flatkern.estimators.common import (
     check_count,
+    in_own_precision,
     make_generator,
     progress_bar,
     square_operator,
@@ -29,6 +30,7 @@ BASIS_BYTES = 1 << 28
 """Largest basis that is kept for re-orthogonalization unless it is asked for: 256 MiB."""
 
 
+@in_own_precision
 def spectral_density(
     op: Any,
     *,

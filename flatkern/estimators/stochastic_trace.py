@@ -12,6 +12,7 @@ from flatkern.estimators.checkpoint import Checkpoint, require_seed
 from flatkern.estimators.common import (
     check_count,
     check_positive,
+    in_own_precision,
     make_generator,
     progress_bar,
     square_operator,
@@ -29,6 +30,7 @@ __all__ = ["trace"]
 DEFAULT_RTOL = 0.05
 
 
+@in_own_precision
 def trace(
     op: Any,
     *,

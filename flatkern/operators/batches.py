@@ -120,8 +120,12 @@ def same_fingerprint(old: Sequence[Tensor], new: Sequence[Tensor]) -> bool:
 
 @contextmanager
 def reading(source: Any) -> Iterator[None]:
-    """Restore afterwards what reading data may advance: Python's, NumPy's and a loader's own generators."""
+    """Restore afterwards what reading data may advance: the global generators on the CPU, and a loader's own.
+
+    A ``DataLoader`` draws a seed from torch's whenever it is read, even without shuffling.
+    """
     python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    state = torch.get_rng_state()
     places = [source, getattr(source, "sampler", None), getattr(source, "batch_sampler", None)]
     places.append(getattr(places[2], "sampler", None))
     found = {id(g): g for p in places if isinstance(g := getattr(p, "generator", None), torch.Generator)}
@@ -131,5 +135,6 @@ def reading(source: Any) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(legacy)  # noqa: NPY002
-        for generator, state in states:
-            generator.set_state(state)
+        torch.set_rng_state(state)
+        for generator, own in states:
+            generator.set_state(own)

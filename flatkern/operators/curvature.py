@@ -100,8 +100,8 @@ class CurvatureOperator(LinearOperator):
     ) -> None:
         self._train = TrainMode(train_mode, seed)
         self._train.check(model)
-        if max_memory is not None and max_memory < 0:
-            raise ValueError(f"max_memory: {max_memory} is negative; give bytes, 0 to keep no graph at all")
+        if max_memory is not None and (not isinstance(max_memory, int) or max_memory < 0):
+            raise ValueError(f"max_memory: expected bytes from 0 (keep no graph) on, got {max_memory!r}")
         self._loss = resolve(loss_fn, reduction, forward)
         if self._loss.name == OWN_LOSS and self.splits_at_output:
             raise ValueError(
@@ -117,7 +117,7 @@ class CurvatureOperator(LinearOperator):
         layout = Layout(self._named)
         super().__init__((layout.size, layout.size), dtype, device, symmetric=True, layout=layout)
         self._data = OperatorData(data, model_device(model), forward)
-        self._max_memory = DEFAULT_MAX_MEMORY if max_memory is None else int(max_memory)
+        self._max_memory = DEFAULT_MAX_MEMORY if max_memory is None else max_memory
         supported = forward is None and not self.splits_at_output
         self._max_memory = resolve_mode(mode, self._max_memory, forward_supported=supported)
         left_over = mode in ("kept", "linearized") or (mode == "auto" and not supported)

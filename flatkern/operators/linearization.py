@@ -74,9 +74,7 @@ def vector_kind(named: Mapping[str, nn.Parameter]) -> tuple[torch.dtype, torch.d
         raise ValueError(
             f"model: its parameters are spread over {', '.join(map(str, devices))}; put them on one device"
         )
-    for name, p in named.items():
-        if p.is_complex():
-            raise TypeError(f"model: parameter {name!r} is complex, which is not supported")
+    for p in named.values():
         dtype = torch.promote_types(dtype, p.dtype)
     return dtype, devices.pop()
 

@@ -121,6 +121,25 @@ def test_eigenvectors_as_an_operator(memory):
     torch.testing.assert_close(got.vectors.T @ u, v.mT @ u)
 
 
+def test_eigenvectors_of_models_with_one_number_a_sample():
+    class Column(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1))
+
+        def forward(self, x):
+            return self.layers(x)[:, 0]
+
+    torch.manual_seed(0)
+    model, x, y = Column().double(), torch.randn(6, 4).double(), torch.rand(6).round().double()
+    loss = torch.nn.BCEWithLogitsLoss()
+    found = fk.ggn_spectrum(model, loss, (x, y), vectors=True)
+    vectors = found.vectors @ torch.eye(len(found), dtype=torch.float64)
+    product = fk.ggn(model, loss, (x, y)) @ vectors
+    torch.testing.assert_close(product, vectors * found.values)
+    torch.testing.assert_close(found.vectors.T @ vectors, torch.eye(len(found), dtype=torch.float64))
+
+
 def test_fewer_parameters_than_rows():
     model, x = nn.Linear(2, 3).double(), torch.randn(20, 2).double()
     y = torch.randint(3, (20,))

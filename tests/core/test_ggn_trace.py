@@ -138,6 +138,60 @@ def test_the_sketch_is_unbiased_and_its_error_covers(name):
     assert all(float(r.samples.mean()) == pytest.approx(r.value) for r in runs)
 
 
+def test_a_sketch_keeps_its_noise_out_of_the_error_over_samples():
+    torch.manual_seed(0)
+    widths = (
+        torch.nn.Linear(4, 20),
+        torch.nn.Tanh(),
+        torch.nn.Linear(20, 6),
+        torch.nn.Tanh(),
+        torch.nn.Linear(6, 80),
+    )
+    model = torch.nn.Sequential(*widths).double()
+    model[4].weight.data[:, 0] *= 10  # all outputs go along one direction, so that draws spread
+    x = torch.randn(60, 4, dtype=torch.float64)
+    exact = fk.sharpness(model, x, method="exact")
+    sketches = [fk.sharpness(model, x, method="sketch", samples=2, seed=s) for s in range(30)]
+    noisy = sum(float(s.per_sample.var()) / 60 for s in sketches) / 30
+    kept = sum(s.sample_stderr**2 for s in sketches) / 30
+    assert noisy > 2 * exact.sample_stderr**2  # else there is nothing to take out
+    assert kept == pytest.approx(exact.sample_stderr**2, rel=0.5)
+    assert fk.sharpness(model, x, method="sketch", samples=1).sample_stderr is None
+    assert all(s.dof >= 2 for s in sketches)
+
+
+def test_complex_operations_have_no_rules():
+    class Spectral(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shift = torch.nn.Parameter(torch.randn(3))
+            self.pairs = torch.nn.Parameter(torch.randn(3, 2, 2))
+            self.scale = torch.nn.Parameter(torch.randn(2, 2))
+
+        def forward(self, x):
+            z = torch.fft.rfft(x + self.shift, dim=1) @ torch.view_as_complex(self.pairs)
+            z = z * torch.view_as_complex(self.scale)
+            return torch.fft.irfft(z, n=x.shape[1], dim=1)[:, 1].tanh()
+
+    torch.manual_seed(0)
+    model, x, y = Spectral().double(), torch.randn(6, 5, 3).double(), torch.arange(6) % 2
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    rows = torch.func.jacrev(lambda p: torch.func.functional_call(model, p, (x,)))(parameters)
+    squares = sum(float(part.square().sum()) for part in rows.values())
+    assert fk.sharpness(model, x).value == pytest.approx(squares / 6, rel=1e-10)
+    flat = torch.cat([rows[name].flatten(2) for name in parameters], 2)
+    torch.testing.assert_close(
+        fk.ntk(model, x).reshape(6, 2, 6, 2), torch.einsum("nap,mbp->namb", flat, flat)
+    )
+    loss = torch.nn.CrossEntropyLoss()
+    matrix = fk.hessian(model, loss, (x, y)) @ torch.eye(flat.shape[2], dtype=torch.float64)
+    blocks = torch.func.hessian(lambda p: loss(torch.func.functional_call(model, p, (x,)), y))(parameters)
+    diagonal = torch.cat([blocks[n][n].reshape(p.numel(), -1).diagonal() for n, p in parameters.items()])
+    torch.testing.assert_close(matrix.diagonal(), diagonal)
+    assert fk.hessian_trace(model, loss, (x, y)).value == pytest.approx(float(diagonal.sum()), rel=1e-9)
+    assert fk.flatness(model, loss, (x, y), seed=0)["ggn_trace"].value > 0
+
+
 def test_the_sketch_reaches_its_tolerance_and_auto_takes_the_cheaper_way():
     torch.manual_seed(0)
     model, x = (

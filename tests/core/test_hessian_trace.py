@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from functools import cache
 from weakref import WeakSet
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import flatkern as fk
+from flatkern import trace_allotted
 from flatkern.residual import Chunk, Sites, Twice, double_backward, linearize, sites
 from flatkern.residual.change import Draws
 from flatkern.sample_axis import sample_axes
@@ -126,6 +128,94 @@ def test_z_scores(name: str) -> None:
         scores = scores * 0 if abs(found.value - truth(name)) < 1e-9 else scores
     assert abs(float(scores.mean())) < 4 / 40**0.5
     assert float(scores.std()) < 1.4
+
+
+def test_layers_of_networks_that_need_no_draws() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+    x, y = torch.randn(7, 4, dtype=torch.float64), torch.arange(7) % 3
+    found = fk.hessian_trace(model, nn.CrossEntropyLoss(), (x, y), per_layer=True)
+    true = hessian_diagonal(model, nn.CrossEntropyLoss(), x, y)
+    assert found.per_layer is not None
+    assert found.per_layer_stderr == {"0": 0.0, "2": 0.0}
+    for layer in ("0", "2"):
+        part = sum(float(d.sum()) for name, d in true.items() if name.startswith(layer))
+        assert found.per_layer[layer] == pytest.approx(part, rel=1e-9)
+
+
+def test_layers_where_some_batches_need_no_draws() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)]
+    curved = Lambda(
+        lambda m, x: m.c(torch.tanh(m.b(torch.tanh(m.a(x))))), a=layers[0], b=layers[1], c=layers[2]
+    )
+    straight = Lambda(
+        lambda m, x: m.c(torch.relu(m.b(torch.relu(m.a(x))))), a=layers[0], b=layers[1], c=layers[2]
+    )
+    both = Lambda(lambda m, x: x, curved=curved.double(), straight=straight.double())
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    data = [
+        {"x": torch.randn(n, 4, dtype=torch.float64), "y": torch.arange(n) % 3, "way": way}
+        for way, n in (("straight", 7), ("curved", 5))
+    ]
+    true = sum(
+        float(d.sum())
+        for b in data
+        for d in hessian_diagonal(getattr(both, b["way"]), loss, b["x"], b["y"]).values()
+    )
+    for batches in (data, data[::-1]):
+        found = fk.hessian_trace(
+            both, loss, batches, per_layer=True, samples=300, seed=0,
+            forward=lambda m, b: (getattr(m, b["way"])(b["x"]), b["y"]),
+        )  # fmt: skip
+        assert found.per_layer is not None
+        assert sum(found.per_layer.values()) == pytest.approx(found.value)
+        assert found.stderr > 0
+        assert abs(found.value - true) < 4 * found.stderr
+
+
+def test_draws_that_coincide_are_no_exact_value() -> None:
+    torch.manual_seed(0)
+    layers = [
+        nn.Linear(1, 1),
+        nn.Tanh(),
+        nn.Linear(1, 1),
+        nn.Tanh(),
+        nn.Linear(1, 1),
+        nn.Tanh(),
+        nn.Linear(1, 1),
+    ]
+    model, x, y = nn.Sequential(*layers).double(), torch.randn(1, 1).double(), torch.randn(1, 1).double()
+    true = sum(float(d.sum()) for d in hessian_diagonal(model, nn.MSELoss(), x, y).values())
+    runs = [fk.hessian_trace(model, nn.MSELoss(), (x, y), samples=2, seed=s) for s in range(30)]
+    blind = [r for r in runs if r.stderr != r.stderr]
+    assert blind
+    assert all(abs(r.value - true) > 1e-12 for r in blind)
+    assert all("coincide" in r.notes[-1] and r.samples is not None for r in blind)
+    assert all(r.stderr > 0 for r in runs if r not in blind)
+    # nothing to draw from: a fitted model has no residual
+    fitted = fk.hessian_trace(model, nn.MSELoss(), (x, model(x).detach()), samples=2, seed=0)
+    assert fitted.stderr == 0
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_a_fitted_first_batch_does_not_set_the_tolerance(
+    planned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trace_allotted, "LEAST_WORK", 0 if planned else 1 << 60)
+    torch.manual_seed(2)
+    widths = (3, 5, 5, 4, 6)
+    layers = [m for a, b in itertools.pairwise(widths) for m in (nn.Linear(a, b), nn.Tanh())][:-1]
+    model = nn.Sequential(*layers).double()
+    data = []
+    for noise in (1e-3, 1.0):
+        x = torch.randn(150, 3, dtype=torch.float64)
+        data.append((x, (model(x) + noise * torch.randn(150, 6, dtype=torch.float64)).detach()))
+    runs = [fk.hessian_trace(model, nn.MSELoss(), data, rtol=0.01, seed=s) for s in range(8)]
+    assert sum(r.converged for r in runs) >= 7
+    if not planned:
+        tight = [fk.hessian_trace(model, nn.MSELoss(), data, rtol=5e-4, seed=s) for s in range(8)]
+        assert sum(r.converged for r in tight) >= 6
 
 
 def test_covers_with_two_probes_and_many_samples() -> None:

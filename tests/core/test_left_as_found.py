@@ -328,7 +328,72 @@ LOADED = {
     "kfac": lambda m, d: fk.kfac(m, torch.nn.CrossEntropyLoss(), d),
     "flatness": lambda m, d: fk.flatness(m, torch.nn.CrossEntropyLoss(), d, quantities=["loss", "ggn_trace"]),
     "hessian": lambda m, d: fk.hessian(m, torch.nn.CrossEntropyLoss(), d) @ torch.ones(43),
+    "plan": lambda m, d: fk.plan(fk.ggn_trace, m, torch.nn.CrossEntropyLoss(), d),
+    "eigenvectors": lambda m, d: (
+        fk.ggn_spectrum(m, torch.nn.CrossEntropyLoss(), d, vectors=True).vectors.T @ torch.ones(43)
+    ),
 }
+
+
+def test_tensors_made_under_inference_mode_and_calls_under_autocast():
+    torch.manual_seed(4)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+    with torch.inference_mode():
+        data = torch.randn(6, 4), torch.arange(6) % 3
+    loss = torch.nn.CrossEntropyLoss()
+    for quantity in (
+        fk.hessian_trace,
+        fk.hessian_diagonal,
+        fk.adaptive_sharpness,
+        fk.max_eigenvalue,
+        fk.kfac,
+    ):
+        quantity(model, loss, data)
+    # an operator made outside is not rounded, one made inside keeps its region
+    op = fk.hessian(model, loss, data)
+    matrix = torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.5]))
+    with torch.autocast("cpu", torch.bfloat16):
+        pairs = fk.eigsh(op, 2, seed=0)
+        assert fk.eigsh(matrix, 1, seed=0).values[0] == pytest.approx(3.0, rel=1e-6)
+        assert fk.trace(matrix, method="exact").value == pytest.approx(6.5, rel=1e-6)
+        assert fk.spectral_density(matrix, probes=2, steps=3, seed=0) is not None
+        assert fk.max_eigenvalue(model, loss, data, seed=0).value > 0
+    torch.testing.assert_close(pairs.values, fk.eigsh(op, 2, seed=0).values)
+
+
+def test_complex_parameters_are_refused_alike():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = torch.nn.Parameter(torch.randn(4, 3, dtype=torch.complex64))
+
+        def forward(self, x):
+            return (x.to(self.a.dtype) @ self.a).real
+
+    data = torch.randn(6, 4), torch.arange(6) % 3
+    for quantity in (
+        fk.ggn_trace,
+        fk.hessian_trace,
+        fk.gradient_norms,
+        fk.kfac,
+        fk.max_eigenvalue,
+        fk.hessian,
+    ):
+        with pytest.raises(TypeError, match="parameter 'a' is complex"):
+            quantity(Net(), torch.nn.CrossEntropyLoss(), data)
+    with pytest.raises(ValueError, match="params: an empty list"):
+        fk.ggn_trace(torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss(), data, params=[])
+    with pytest.raises(ValueError, match="max_memory: expected bytes"):
+        fk.max_eigenvalue(torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss(), data, max_memory="1GB")
+    with pytest.raises(TypeError, match="seed: expected an int"):
+        fk.ggn_spectrum(torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss(), data, seed="a")
+    with pytest.raises(ValueError, match="samples: expected"):
+        fk.ggn_trace(torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss(), data, samples=True)
+    with pytest.raises(IndexError, match="Target 4"):
+        fk.hessian_trace(
+            torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 3)),
+            torch.nn.CrossEntropyLoss(), (data[0], torch.full((6,), 4)),
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["global generator", "own generator"])
