@@ -489,7 +489,7 @@ def hessian_trace(result: dict[str, Any]) -> str:
     columns = ["model", "steps", "estimator", "products to 1 %", "products run", "gradients a product"]
     columns += ["gradients to 1 %", "ratio"]
     return (
-        "## The Hessian's trace to 1 %\n\n"
+        "## The Hessian's trace to one percent\n\n"
         "`fk.hessian_trace(rtol=0.01)` against the trace estimators of other packages at a root mean square error of\n"
         "1 %. *gradients*: CPU time over that of one gradient of the same loss, that of `fk.ggn_trace` in brackets.\n"
         "*largest error*: of its seeds, each against the mean of all other runs (itself off by as much). PyHessian\n"

@@ -142,10 +142,7 @@ def _check_fits(g: Geometry, model: nn.Module, x: Tensor) -> None:
         raise ValueError("geometry: it was taken on other inputs than x")
     own = {id(m) for m in model.modules()}
     for layer in g.layers.values():
-        weight = layer.module.weight
-        if id(layer.module) not in own or (
-            isinstance(weight, Tensor) and weight._version != layer.weight_version
-        ):
-            raise ValueError(
-                f"geometry: it was taken on another model or at other weights (layer {layer.name!r}); measure again"
-            )
+        if id(layer.module) not in own:
+            raise ValueError(f"geometry: it was taken on another model (layer {layer.name!r}); measure again")
+    if g._watch is not None and g._watch.changed():
+        raise ValueError("geometry: it was taken at other weights, buffers or requires_grad; measure again")

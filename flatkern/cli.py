@@ -314,6 +314,8 @@ def _measure(arguments: argparse.Namespace) -> int:
     from flatkern.experiments.user_model import MeasureConfig, run_measure
     from flatkern.report.terminal import print_measured
 
+    if arguments.key is not None and not arguments.checkpoint:
+        return _fail("--key says where in a checkpoint the weights are; give --checkpoint FILE with it")
     config = MeasureConfig(
         source=arguments.factory,
         checkpoints=tuple(arguments.checkpoint),

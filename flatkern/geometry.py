@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from flatkern.geometry_job import Job, Size, size_of
 from flatkern.geometry_krylov import KrylovSettings
 from flatkern.geometry_results import Geometry, LayerGeometry
 from flatkern.linearize import budget
+from flatkern.operators.staleness import WeightsWatch
 from flatkern.problem import (
     ParameterSelection,
     check_input,
@@ -129,10 +131,12 @@ def geometry(
         job = Job(model, x, part, size, layers, settings, limit, seed)
         if way == "cotangents":
             measured, rows = job.by_cotangents(parameters)
-            return assemble(measured, rows, part, started, has_parameters=bool(parameters))
+            found = assemble(measured, rows, part, started, has_parameters=bool(parameters))
+            return replace(found, _watch=WeightsWatch(model))
         measured, products = job.by_products(tangents=way == "tangents")
         sharp = job.sketched_sharpness(parameters) if parameters else None
-    return assemble_products(measured, products, part, settings, sharp, started)
+    found = assemble_products(measured, products, part, settings, sharp, started)
+    return replace(found, _watch=WeightsWatch(model))
 
 
 def _settings(

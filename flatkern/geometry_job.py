@@ -47,7 +47,11 @@ def size_of(model: nn.Module, x: Tensor, part: Segment, subspace: Tensor | Seque
     with preserve_state(model), torch.set_grad_enabled(part.source is not None):
         point = x[:1].detach().clone().requires_grad_(x.is_floating_point())
         output = model(point.clone())
-    if not isinstance(output, Tensor) or output.ndim == 0:
+    if isinstance(output, Tensor) and output.ndim == 0:
+        raise ValueError(
+            "model: its output has shape (), without an axis of samples; axis 0 must be the samples"
+        )
+    if not isinstance(output, Tensor):
         raise TypeError(f"model: its output must be one tensor, got {type(output).__name__}; wrap the model")
     entries = output[0].numel()
     columns = None if subspace is None else orthonormal_columns(subspace, entries)

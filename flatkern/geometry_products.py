@@ -151,7 +151,6 @@ def join_product_layers(chunks: Sequence[ProductsChunk]) -> dict[str, LayerGeome
             input_norm_sq=torch.cat([p.input_norm_sq for p in parts]),
             weight_gradient_sq=None,
             module=module,
-            weight_version=module.weight._version if isinstance(module.weight, Tensor) else 0,
             positions=parts[0].positions,
             sole_consumer=all(p.sole for p in parts),
             input_shape=parts[0].input_shape,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from flatkern.operators.staleness import WeightsWatch
 from flatkern.results import Estimate, PerSample, standard_error
 from flatkern.spectra import Spectrum
 
@@ -27,8 +28,6 @@ class LayerGeometry:
     weight_gradient_sq: Tensor | None = field(repr=False)
     """‖∂f/∂W_l‖_F², float64 [n]; ``None`` where the weight is not selected, frozen, or used elsewhere too."""
     module: nn.Module = field(repr=False)
-    weight_version: int = 0
-    """The weight's version counter at the measurement: tells whether it has been written to since."""
     positions: int = 1
     """Positions of a sample that share the weight; 1 for a dense layer on vectors."""
     sole_consumer: bool = True
@@ -109,6 +108,8 @@ class Geometry:
     ranks: PerSample | None = field(default=None, repr=False)
     """By iteration only: the estimate that :attr:`rank` returns."""
     _spectrum: Spectrum | None = field(repr=False, default=None)
+    _watch: WeightsWatch | None = field(repr=False, default=None)
+    """Of the model's weights, by which it is noticed when they change."""
 
     def top_log_volume(self, rank: int) -> PerSample:
         """Σ_{j ≤ rank} log σ_j(J_i): the log-volume of the ``rank`` largest directions (the published curves: 3).

@@ -229,7 +229,6 @@ def join_layers(chunks: Sequence[RowsChunk]) -> dict[str, LayerGeometry]:
             input_norm_sq=torch.cat([p.input_norm_sq for p in parts]),
             weight_gradient_sq=_joined([p.weight_gradient_sq for p in parts]),
             module=module,
-            weight_version=module.weight._version if isinstance(module.weight, Tensor) else 0,
             positions=parts[0].positions,
             sole_consumer=all(p.sole for p in parts),
             takes_model_input=all(p.direct for p in parts),

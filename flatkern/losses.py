@@ -65,6 +65,8 @@ def resolve_loss(loss_fn: object, reduction: Reduction | None = None) -> Loss:
         # a subclass with a forward of its own is another loss: it is taken as a callable
         if isinstance(loss_fn, kind) and type(loss_fn).forward is kind.forward:
             return make(loss_fn, _own_reduction(loss_fn, reduction))
+    if isinstance(loss_fn, type):
+        raise TypeError(f"loss_fn: {loss_fn.__name__} is a class; give an instance, {loss_fn.__name__}()")
     if not callable(loss_fn):
         raise TypeError(
             f"loss_fn: expected a callable (output, target) -> scalar, got {type(loss_fn).__name__}"

@@ -124,5 +124,7 @@ def _jacobians(model: nn.Module, x: Tensor, max_memory: int | None) -> Iterator[
         for block, (cotangent,) in pull_back(lin, roots, [lin.input_edge]):
             if cotangent is not None:
                 rows = with_rows(rows, cotangent, block, len(roots))
-        yield lin.output.new_zeros(lin.n, len(roots), x[0].numel()) if rows is None else rows
+        if rows is None:
+            raise ValueError("model: its output does not depend differentiably on x")
+        yield rows
         del lin, rows

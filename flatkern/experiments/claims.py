@@ -182,12 +182,20 @@ def _ordering(key: str, words: str, sweep: Iterable[Setting], runs: Sequence[Run
         return Claim(statement, UNDECIDED, "a setting has no finite value")
     means = [float(np.mean(values[s])) for s in sweep]
     rises = all(a < b for a, b in itertools.pairwise(means))
-    apart = all(max(values[a]) < min(values[b]) for a, b in itertools.pairwise(sweep))
     numbers = (" < " if rises else ", ").join(f"{m:#.3g}" for m in means).replace("-", "−")
     by_rate = len({s.learning_rate for s in sweep}) > 1
     settings = ", ".join(f"{s.learning_rate:g}" if by_rate else str(s.batch_size) for s in sweep)
     settings = f"{'lr' if by_rate else 'batch'} {settings}"
-    seeds = "no overlap of seeds" if rises and apart else "seeds of neighbouring settings overlap"
+    falls = all(a > b for a, b in itertools.pairwise(means))
+    apart = all(
+        max(values[a]) < min(values[b]) or min(values[a]) > max(values[b])
+        for a, b in itertools.pairwise(sweep)
+    )
+    seeds = "no overlap of seeds" if apart else "seeds of neighbouring settings overlap"
+    if all(len(v) == 1 for v in values.values()):
+        seeds = "one seed a setting"
+    if falls:
+        seeds = f"the other way round, {seeds}"
     return Claim(statement, HELD if rises else NOT_HELD, f"{numbers} ({settings}); {seeds}")
 
 

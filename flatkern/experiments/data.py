@@ -119,8 +119,10 @@ def load(
     total = len(everything)
     if num_train is None:
         num_train = total - num_test if num_test is not None else total * 4 // 5
-    if num_test is None:
+    if num_test is None and 0 < num_train < total:
         num_test = total - num_train
+    if num_test is None:
+        raise UserError(f"{name} has {total} images; {num_train} for training leave none for the test")
     if num_train < 1 or num_test < 1 or num_train + num_test > total:
         raise UserError(
             f"{name} has {total} images; {num_train} for training and {num_test} for the test do not fit"

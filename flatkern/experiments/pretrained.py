@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flatkern.experiments.errors import UserError
 
-__all__ = ["Pretrained", "pretrained_models"]
+__all__ = ["Pretrained", "model_files", "pretrained_models"]
 
 _FILES = (".safetensors", ".pth", ".pt", ".bin")
 
@@ -63,6 +63,19 @@ def pretrained_models(folder: Path) -> Iterator[Pretrained]:
     Raises:
         UserError: no such folder, no model in it, the package a model needs is not installed, or it cannot be read.
     """
+    folders, files = model_files(folder)
+    for path in folders:
+        yield _from_transformers(path)
+    for path in files:
+        yield _from_timm(path)
+
+
+def model_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The sub-folders and the files that models are read from.
+
+    Raises:
+        UserError: no such folder, or no model in it.
+    """
     if not folder.is_dir():
         raise UserError(f"--weights: {folder} is not a folder")
     folders = [p for p in sorted(folder.iterdir()) if (p / "config.json").is_file()]
@@ -72,10 +85,7 @@ def pretrained_models(folder: Path) -> Iterator[Pretrained]:
             f"--weights: {folder} has neither sub-folders with a config.json (transformers) nor files such as "
             "NAME.safetensors (timm)"
         )
-    for path in folders:
-        yield _from_transformers(path)
-    for path in files:
-        yield _from_timm(path)
+    return folders, files
 
 
 def _from_transformers(path: Path) -> Pretrained:

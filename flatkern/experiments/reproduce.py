@@ -20,6 +20,7 @@ from flatkern.experiments.errors import UserError
 from flatkern.experiments.networks import build_network, takes_vectors
 from flatkern.experiments.output import staged
 from flatkern.experiments.parallel import run_file, train_groups
+from flatkern.experiments.pretrained import model_files
 from flatkern.experiments.ranks import Ranks, await_files
 from flatkern.experiments.result import Clock, Result, analyse, write_data
 from flatkern.experiments.settings import ELSEWHERE, DemoConfig, Group, Setting, paper
@@ -120,6 +121,14 @@ def reproduction(
         raise UserError(f"experiments: none was named; there are {', '.join(EXPERIMENTS)}")
     if not (math.isfinite(budget) and 0 < budget <= 1):
         raise UserError(f"--budget must be above 0 and at most 1, got {budget:g}")
+    if network is not None and set(experiments) == {"transformers"}:
+        raise UserError(
+            "--network has no effect on transformers, which trains small ViTs of its own; leave it out"
+        )
+    if changes.get("weights") is not None and not {"transformers", "all"} & {*experiments}:
+        raise UserError(
+            "--weights has an effect on transformers (or all) alone; name that too, or leave it out"
+        )
     base = paper()
     fields: dict[str, Any] = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
     fields |= {
@@ -163,6 +172,8 @@ def run_reproduce(
     for job in jobs:
         _check(job, data)
     resolve(config.device)
+    if config.weights is not None:
+        model_files(config.weights)  # told of before the work
     _make(config.output, [job.runs_folder for job in jobs])
     if not ranks.rank:
         with staged(config.output):  # a place that cannot take the report is told of before the work

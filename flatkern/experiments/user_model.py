@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,13 @@ from flatkern.experiments.environment import describe
 from flatkern.experiments.errors import UserError
 from flatkern.experiments.factory import Problem, load_problem
 from flatkern.experiments.output import staged
-from flatkern.experiments.user_quantities import Measured, choose_inputs, measure_problem
+from flatkern.experiments.user_quantities import (
+    Entry,
+    Measured,
+    NotFiniteError,
+    choose_inputs,
+    measure_problem,
+)
 from flatkern.rows import Row, write_csv, write_json
 
 __all__ = ["MeasureConfig", "MeasurePoint", "MeasureResult", "run_measure"]
@@ -74,8 +81,8 @@ class MeasureResult:
 
     @property
     def last(self) -> MeasurePoint:
-        """The final weights."""
-        return self.points[-1]
+        """The final weights, of those that could be measured."""
+        return next(point for point in reversed(self.points) if point.measured.geometry)
 
 
 def run_measure(config: MeasureConfig, *, say: Callable[[str], None] = lambda _: None) -> MeasureResult:
@@ -128,7 +135,17 @@ def _measure_all(config: MeasureConfig, problem: Problem, say: Callable[[str], N
         checkpoint = read_checkpoint(path, config.key)
         load_into(problem.model, checkpoint)
         say(f"measuring {path} ...")
-        found.append((path, checkpoint.step, measure_problem(problem, x, config.seed)))
+        try:
+            measured = measure_problem(problem, x, config.seed)
+        except NotFiniteError as error:
+            say(f"{path}: {error}")
+            reason = f"{path}: the loss is NaN or Inf"
+            measured = Measured(
+                [Entry("loss", math.nan, problem=reason)], [], None, {"loss": math.nan}, (reason,)
+            )
+        found.append((path, checkpoint.step, measured))
+    if not any(measured.geometry for _, _, measured in found):
+        raise UserError(f"{config.source}: the loss is NaN or Inf at the weights of every checkpoint")
     steps = positions([(path, step) for path, step, _ in found])
     points = [MeasurePoint(str(path), at, m) for (path, _, m), at in zip(found, steps, strict=True)]
     return sorted(points, key=lambda point: point.step)

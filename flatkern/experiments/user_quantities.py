@@ -20,7 +20,7 @@ from flatkern.problem import Batches, is_pair, model_device
 from flatkern.results import Estimate, PerSample
 from flatkern.rows import Row
 
-__all__ = ["Entry", "Measured", "choose_inputs", "measure_problem"]
+__all__ = ["Entry", "Measured", "NotFiniteError", "choose_inputs", "measure_problem"]
 
 _OF_THE_LOSS = (
     "gradient_norm", "gradient_norms", "fisher_trace", "ggn_trace", "hessian_trace", "max_eigenvalue",
@@ -30,6 +30,10 @@ _OF_THE_LOSS = (
 _RTOL = 0.01
 _REFUSALS = (ValueError, TypeError, RuntimeError, NotImplementedError)
 """What a quantity raises where a model or loss does not have it; the others are measured all the same."""
+
+
+class NotFiniteError(UserError):
+    """The loss is NaN or Inf at these weights."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ def measure_problem(problem: Problem, x: Tensor, seed: int) -> Measured:
 
     Raises:
         UserError: the model or the loss fails on the data.
+        NotFiniteError: the loss is NaN or Inf there.
     """
     started = time.perf_counter()
     loss = _loss(problem)
@@ -180,5 +185,7 @@ def _loss(problem: Problem) -> float:
         told = " ".join(str(error).split())
         raise UserError(f"{problem.source}: the model or its loss fails on the data: {told}") from error
     if not math.isfinite(value):
-        raise UserError(f"{problem.source}: the loss is {value} on the data; there is nothing to measure")
+        raise NotFiniteError(
+            f"{problem.source}: the loss is {value} on the data; there is nothing to measure"
+        )
     return value

@@ -120,6 +120,8 @@ class Monitor:
         for name, function in {"loss_fn": loss_fn, "forward": forward, **(extra or {})}.items():
             if function is not None and not callable(function):
                 raise TypeError(f"{name}: expected a function, got {type(function).__name__}")
+        if taken := set(extra or ()) & _OWN:
+            raise ValueError(f"extra: {taken.pop()!r} is a column of the monitor's own; choose another name")
         probe = choose_probe(x, y, samples, seed, pick)
         if loss_fn is not None and probe.y is None:
             raise ValueError("loss_fn: it needs targets; pass y, or data that brings them")
@@ -158,6 +160,8 @@ class Monitor:
         if not any(key in row for row in self._record.rows):
             known = dict.fromkeys(k for row in self._record.rows for k in row)
             raise KeyError(f"{key!r} was not measured; there are {', '.join(known)}")
+        if key in ("status", "probe"):
+            raise KeyError(f"{key!r} holds text; read it from history")
         return [float(row.get(key, float("nan"))) for row in self._record.rows]
 
     @property
@@ -329,6 +333,10 @@ class Monitor:
                 f"{where}: measured on other probe samples ({', '.join(sorted(other))}; now {self._fingerprint}); "
                 "continue with the same data, samples and seed, or begin another file"
             )
+
+
+_OWN = frozenset({"step", "seconds", "measure_seconds", "probe", "train_loss", "status"})
+"""Columns of every row, beside those of what is measured."""
 
 
 def _is_first_process() -> bool:

@@ -73,6 +73,8 @@ class Point:
                 return {"status": "not finite"}
             raise
         for name, quantity in self._extra.items():
+            if name in row:
+                raise ValueError(f"extra: {name!r} is a column of the monitor's own; choose another name")
             row[name] = _as_number(name, quantity(self._model))
         return row
 
@@ -101,7 +103,7 @@ class Point:
             "sharpness_stderr": math.nan if s.sample_stderr is None else s.sample_stderr,
             "sqrt_sharpness": math.sqrt(s.value),
         }
-        return row if s.method == "exact" else row | {"sharpness_sketch_stderr": s.stderr}
+        return row if s.stderr == 0 else row | {"sharpness_sketch_stderr": s.stderr}
 
 
 def _finite(output: object) -> bool:

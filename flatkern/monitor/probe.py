@@ -54,6 +54,10 @@ def choose_probe(x: Any, y: Any, samples: int, seed: int, pick: Pick | None = No
         raise ValueError(f"samples: expected a positive whole number, got {samples!r}")
     if isinstance(x, Tensor):
         found = _from_tensors(x, y, samples, seed)
+    elif hasattr(x, "__array__"):
+        raise TypeError(
+            f"x: expected a tensor, a dataset or a loader, got {type(x).__name__}; use torch.as_tensor(x)"
+        )
     elif y is not None:
         raise TypeError(f"y: x is a {type(x).__name__}, which brings its own targets; leave y out")
     else:

@@ -21,6 +21,8 @@ class RunningLoss:
     def add(self, loss: Tensor | float) -> None:
         """Called at every step: on the CPU nothing but reading the number."""
         if not isinstance(loss, Tensor):
+            if not isinstance(loss, (int, float)):
+                raise TypeError(f"loss: expected a scalar tensor or a number, got {type(loss).__name__}")
             self._total += loss
         elif loss.numel() != 1:
             raise ValueError(f"loss: expected a scalar, got shape {tuple(loss.shape)}")

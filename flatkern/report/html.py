@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,8 @@ __all__ = ["page", "render", "write_report"]
 def write_report(folder: Path, result: Result) -> None:
     """Write the figures and ``report.html`` into a folder that exists."""
     save_figures(folder, result)
-    (folder / "report.html").write_text(render(result), encoding="utf-8")
+    pictures = sorted({path.stem for path in folder.glob("*.svg")})
+    (folder / "report.html").write_text(render(result, pictures), encoding="utf-8")
 
 
 def page(template: str, **values: Any) -> str:
@@ -52,11 +54,12 @@ def page(template: str, **values: Any) -> str:
     return environment.get_template(template).render(css=css, js=js, **values)
 
 
-def render(result: Result) -> str:
-    """The page of a demo as text."""
+def render(result: Result, pictures: Sequence[str] = ()) -> str:
+    """The page of a demo as text; ``pictures`` are the names of the figures beside it."""
     return page(
         "report.html.j2",
         result=result,
+        pictures=pictures,
         config=result.config,
         lead=_lead(result),
         tally=_tally(result),

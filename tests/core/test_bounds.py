@@ -150,6 +150,29 @@ def test_a_geometry_is_reused_and_checked():
         fk.bounds(model, x[:3], geometry=g)
 
 
+@pytest.mark.parametrize("change", ["loaded", "data", "replaced", "parametrized", "cast"])
+def test_a_geometry_of_other_weights_is_refused(change):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
+    if change == "parametrized":
+        torch.nn.utils.parametrizations.weight_norm(model[0])
+    x = torch.randn(5, 6)
+    g = fk.geometry(model, x)
+    fk.bounds(model, x, geometry=g)
+    if change == "loaded":
+        model.load_state_dict({k: v / 100 for k, v in model.state_dict().items()}, assign=True)
+    elif change == "data":
+        model[0].weight.data.mul_(3)
+    elif change == "replaced":
+        model[0].weight = torch.nn.Parameter(2 * model[0].weight.detach())
+    elif change == "parametrized":
+        model[0].parametrizations.weight.original0.data.div_(1000)
+    else:
+        model.double()
+    with pytest.raises(ValueError, match="geometry: it was taken at other weights"):
+        fk.bounds(model, x, geometry=g)
+
+
 def test_a_violation_would_be_reported():
     """The status is computed, not assumed: a geometry with a sharpness made too small must be called violated."""
     from dataclasses import replace

@@ -94,11 +94,43 @@ def test_settings_are_the_papers() -> None:
         (("fig1",), {"seeds": 0}, "seeds must be at least 1"),
         (("fig1",), {"every": 0}, "every must be at least 1"),
         (("fig1",), {"elsewhere": ("train",)}, "unknown samples 'train'"),
+        (("transformers",), {"network": "lenet"}, "--network has no effect on transformers"),
+        (("fig1",), {"weights": Path("w")}, "--weights has an effect on transformers"),
     ],
 )
 def test_nonsense_is_refused(experiments: tuple, arguments: dict, what: str) -> None:
     with pytest.raises(UserError, match=what):
         reproduction(*experiments, **arguments)
+
+
+def test_weights_are_looked_for_before_anything_is_trained(tmp_path: Path) -> None:
+    config = reproduction(
+        "fig1", "transformers", data="digits", budget=1e-5, weights=tmp_path / "none", output=tmp_path / "out"
+    )
+    with pytest.raises(UserError, match="none is not a folder"):
+        run_reproduce(config, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_orderings_say_whether_seeds_overlap_whatever_their_direction() -> None:
+    from flatkern.experiments.claims import _ordering
+    from flatkern.experiments.settings import Setting
+    from flatkern.experiments.training import Run
+
+    sweep = [Setting(rate, 20) for rate in (0.2, 0.1, 0.05)]
+
+    def detail(*values: tuple[float, ...]) -> str:
+        runs = [
+            Run(setting, seed, [{"sqrt_sharpness": value}], {}, 0.0, 0.0)
+            for setting, ours in zip(sweep, values, strict=True)
+            for seed, value in enumerate(ours)
+        ]
+        return _ordering("sqrt_sharpness", "a higher learning rate gives a lower", sweep, runs).detail
+
+    assert detail((1.0, 1.1), (2.0, 2.1), (3.0, 3.1)).endswith("; no overlap of seeds")
+    assert detail((1.0, 2.2), (2.0, 2.1), (3.0, 3.1)).endswith("; seeds of neighbouring settings overlap")
+    assert detail((3.0, 3.1), (2.0, 2.1), (1.0, 1.1)).endswith("; the other way round, no overlap of seeds")
+    assert detail((3.0,), (2.0,), (1.0,)).endswith("; the other way round, one seed a setting")
 
 
 def test_every_file_is_there_and_states_the_scale(result: Result) -> None:

@@ -177,6 +177,26 @@ def test_a_series_of_checkpoints_gives_curves(tmp_path: Path, checkpoints: list[
         assert [row["step"] for row in csv.DictReader(file)] == ["0", "10", "20", "30"]
 
 
+def test_a_checkpoint_that_has_diverged_is_a_gap(
+    tmp_path: Path, checkpoints: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (checkpoints[1], checkpoints[3]):
+        state = user_problem.model().state_dict()
+        state["0.weight"][0, 0] = math.nan
+        torch.save(state, path)
+    found = run(tmp_path, "make", "--checkpoint", *map(str, checkpoints))["points"]
+    assert [p["step"] for p in found] == [0, 10, 20, 30]
+    finite = [p["quantities"]["loss"]["value"] is not None for p in found]
+    assert finite == [True, False, True, False]
+    assert found[2]["quantities"]["sharpness"]["value"] > 0
+    captured = capsys.readouterr()
+    assert str(checkpoints[1]) in captured.err
+    assert (tmp_path / "out" / "report.html").is_file()
+    (tmp_path / "other").mkdir()
+    told = fails(capsys, tmp_path / "other", f"{MODULE}:make", "--checkpoint", str(checkpoints[1]))
+    assert "NaN or Inf at the weights of every checkpoint" in told
+
+
 def test_a_file_beside_what_it_imports(tmp_path: Path) -> None:
     (tmp_path / "helper_of_mine.py").write_text("import torch\nnet = torch.nn.Linear(2, 2)\n")
     script = tmp_path / "script_of_mine.py"
@@ -266,6 +286,10 @@ def test_bad_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "not a file that torch.save wrote" in fails(
         capsys, tmp_path, f"{MODULE}:make", "--checkpoint", str(broken)
     )
+    for content in (b"junk", b"\x80\x02junk"):
+        broken.write_bytes(content)
+        assert str(broken) in fails(capsys, tmp_path, f"{MODULE}:make", "--checkpoint", str(broken))
+    assert "--key says where" in fails(capsys, tmp_path, f"{MODULE}:make", "--key", "net")
     broken.write_bytes((tmp_path / "none.pt").read_bytes()[:800])
     assert "torch cannot read it" in fails(capsys, tmp_path, f"{MODULE}:make", "--checkpoint", str(broken))
     assert "no such file" in fails(capsys, tmp_path, f"{MODULE}:make", "--checkpoint", str(tmp_path / "x.pt"))

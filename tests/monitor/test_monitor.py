@@ -125,8 +125,22 @@ def test_more_quantities() -> None:
     assert m.column("norm") == [pytest.approx(float(model[0].weight.detach().norm()))]
     with pytest.raises(TypeError, match="extra: 'all' gave a Parameter; it must give one number"):
         fk.Monitor(model, X, extra={"all": lambda m: m[0].weight}).start()
+    for name in ("step", "train_loss", "mls"):
+        with pytest.raises(ValueError, match=f"extra: '{name}' is a column of the monitor's own"):
+            fk.Monitor(model, X, extra={name: lambda m: 7.0}).start()
+    with pytest.raises(KeyError, match="'status' holds text"):
+        m.column("status")
     with pytest.raises(KeyError, match="'norms' was not measured; there are step, seconds"):
         m.column("norms")
+
+
+def test_token_ids_are_measured_exactly() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 3), nn.Flatten())
+    ids = torch.randint(9, (20, 4))
+    row = fk.Monitor(model, ids).start().history[0]
+    assert row["sharpness"] == pytest.approx(fk.sharpness(model, ids).value, rel=1e-6)
+    assert "sharpness_sketch_stderr" not in row
 
 
 def test_bad_options() -> None:
@@ -142,6 +156,10 @@ def test_bad_options() -> None:
         fk.Monitor(mlp(), X, layers="convs").start()
     with pytest.raises(ValueError, match="loss_fn: it must return one scalar"):
         fk.Monitor(mlp(), X, Y, nn.CrossEntropyLoss(reduction="none")).start()
+    with pytest.raises(TypeError, match="x: expected a tensor, a dataset or a loader, got ndarray"):
+        fk.Monitor(mlp(), X.numpy(), Y)
+    with pytest.raises(TypeError, match="loss: expected a scalar tensor or a number, got str"):
+        fk.Monitor(mlp(), X).start().step("a")  # type: ignore[arg-type]
     m = fk.Monitor(mlp(), X)
     with pytest.raises(RuntimeError, match="step: the monitor has not been started"):
         m.step()
