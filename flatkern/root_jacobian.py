@@ -15,7 +15,7 @@ from flatkern.operators.graph_memory import graph_bytes
 from flatkern.operators.linearization import check_layers, vector_kind
 from flatkern.operators.output_map import OutputMap
 from flatkern.operators.staleness import WeightsWatch
-from flatkern.problem import Layout, pairs_aligned, preserve_state
+from flatkern.problem import Layout, preserve_state
 from flatkern.samples import count_samples
 
 __all__ = ["EigenvectorOperator", "RootJacobian"]
@@ -77,7 +77,7 @@ class RootJacobian(LinearOperator):
             k, n, _ = roots.shape
             for index, row in enumerate(rows):
                 pieces = zip(row.split([p.numel() for p in self._leaves]), self._leaves, strict=True)
-                change = outputs.push([pairs_aligned(piece.view_as(p)).to(p.dtype) for piece, p in pieces])
+                change = outputs.push([piece.view_as(p).to(p.dtype) for piece, p in pieces])
                 if change is None:
                     out[index, start : start + n * k] = 0
                 else:

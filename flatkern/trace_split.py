@@ -164,7 +164,7 @@ class Split:
             value += rest.value
             error.add(rest.stderr**2, rest.dof or math.inf)
         drawn = how != "exact"
-        blind = drawn and sampled.uninformative
+        blind = drawn and probes > 0 and sampled.uninformative  # else a pilot has seen many more
         stderr = math.nan if blind else error.stderr
         if not math.isfinite(value):
             raise ValueError("model: second derivatives overflow or are NaN at this θ; measure in float64")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flatkern.losses import Loss
 from flatkern.operators.forms import Autocast, twice_differentiable
 from flatkern.operators.train_mode import TrainMode
-from flatkern.problem import call_with
+from flatkern.problem import call_with, pairs_aligned
 
 __all__ = ["ForwardOverReverse"]
 
@@ -58,7 +58,8 @@ class ForwardOverReverse:
         names = [self._names[i] for i in wanted]
         values = tuple(self._values[i] for i in wanted)
         directions = tuple(
-            torch.zeros_like(self._values[i]) if (t := tangents[i]) is None else t for i in wanted
+            torch.zeros_like(self._values[i]) if (t := tangents[i]) is None else pairs_aligned(t)
+            for i in wanted
         )
 
         def value(*theta: Tensor) -> Tensor:

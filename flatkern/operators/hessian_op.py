@@ -16,7 +16,7 @@ from flatkern.operators.gradient_tape import GradientTape, noting
 from flatkern.operators.linearization import Linearization
 from flatkern.operators.linearized import LinearizedGradient
 from flatkern.operators.products import Mode
-from flatkern.problem import ParameterSelection, all_finite
+from flatkern.problem import ParameterSelection, all_finite, pairs_aligned
 from flatkern.tape import Value
 
 __all__ = ["HessianOperator", "hessian", "hvp"]
@@ -93,7 +93,7 @@ class _GradientGraph:
         return torch.autograd.grad(
             [self._active[i] for i in used],
             [self._parameters[i] for i in wanted],
-            grad_outputs=[t for i in used if (t := tangents[i]) is not None],
+            grad_outputs=[pairs_aligned(t) for i in used if (t := tangents[i]) is not None],
             retain_graph=True,
             allow_unused=True,
             is_grads_batched=batched,

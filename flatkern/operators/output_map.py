@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flatkern.problem import pairs_aligned
+
 __all__ = ["OutputMap"]
 
 
@@ -43,7 +45,7 @@ class OutputMap:
         (change,) = torch.autograd.grad(
             [self._pulled[i] for i in used],
             self._dummy,
-            grad_outputs=[t for i in used if (t := tangents[i]) is not None],
+            grad_outputs=[pairs_aligned(t) for i in used if (t := tangents[i]) is not None],
             retain_graph=True,
             allow_unused=True,
             is_grads_batched=batched,

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from flatkern.operators.linearization import Linearization
-from flatkern.problem import pairs_aligned
 
 __all__ = [
     "BlockSize",
@@ -47,7 +46,7 @@ class Parts:
         tangents: list[Tensor | None] = [None] * len(self.parameters)
         lead = vectors.shape[:-1]
         for i, p, piece in zip(self.wanted, self._chosen, vectors.split(self._sizes, dim=-1), strict=True):
-            tangent = pairs_aligned(piece.view(lead + p.shape))
+            tangent = piece.view(lead + p.shape)
             tangents[i] = tangent if p.dtype == self.dtype else tangent.to(p.dtype)
         return tangents
 

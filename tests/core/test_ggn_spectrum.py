@@ -190,11 +190,29 @@ def test_scaling_laws():
     )
 
 
+class Noisy(torch.utils.data.Dataset):
+    """Other samples whenever they are read, whatever torch's generator says."""
+
+    def __init__(self, x, y):
+        self.x, self.y, self.source = x, y, torch.Generator().manual_seed(0)
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return self.x[i] + torch.randn(3, generator=self.source), self.y[i]
+
+
 def test_changing_data_is_noticed():
     x, y = torch.randn(8, 3), torch.arange(8) % 2
-    shuffled = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 4, shuffle=True)
+    model, loss = nn.Linear(3, 2), nn.CrossEntropyLoss()
     with pytest.raises(ValueError, match="data"):
-        fk.ggn_spectrum(nn.Linear(3, 2), nn.CrossEntropyLoss(), shuffled)
+        fk.ggn_spectrum(model, loss, torch.utils.data.DataLoader(Noisy(x, y), 4))
+    # shuffling draws from the global generator, which is put back, so that every pass has the same order
+    shuffled = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 4, shuffle=True)
+    torch.testing.assert_close(
+        fk.ggn_spectrum(model, loss, shuffled).values, fk.ggn_spectrum(model, loss, (x, y)).values
+    )
 
 
 def test_bad_arguments():

@@ -188,6 +188,11 @@ def test_complex_operations_have_no_rules():
     blocks = torch.func.hessian(lambda p: loss(torch.func.functional_call(model, p, (x,)), y))(parameters)
     diagonal = torch.cat([blocks[n][n].reshape(p.numel(), -1).diagonal() for n, p in parameters.items()])
     torch.testing.assert_close(matrix.diagonal(), diagonal)
+    for mode in ("kept", "rebuilt", "forward"):
+        again = fk.hessian(model, loss, (x, y), mode=mode)
+        torch.testing.assert_close(again @ torch.eye(flat.shape[2], dtype=torch.float64), matrix)
+    ggn = fk.ggn(model, loss, (x, y)) @ torch.eye(flat.shape[2], dtype=torch.float64)
+    torch.testing.assert_close(ggn.diagonal(), fk.ggn_diagonal(model, loss, (x, y)).values)
     assert fk.hessian_trace(model, loss, (x, y)).value == pytest.approx(float(diagonal.sum()), rel=1e-9)
     assert fk.flatness(model, loss, (x, y), seed=0)["ggn_trace"].value > 0
 

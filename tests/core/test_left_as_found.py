@@ -303,11 +303,11 @@ def test_a_geometry_of_another_state_is_refused():
     g = fk.geometry(model, x)
     with pytest.raises(ValueError, match="other inputs than x"):
         fk.bounds(model, 2 * x, geometry=g)
-    with pytest.raises(ValueError, match="on another model|at other weights"):
+    with pytest.raises(ValueError, match="on another model"):
         fk.bounds(copy.deepcopy(model), x, geometry=g)
     with torch.no_grad():
         model[0].weight.mul_(0.5)
-    with pytest.raises(ValueError, match="on another model|at other weights"):
+    with pytest.raises(ValueError, match="at other weights"):
         fk.bounds(model, x, geometry=g)
 
 
