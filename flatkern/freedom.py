@@ -37,11 +37,12 @@ class SummedVariance:
         total.add(draws.var(0) / count, count - 1)
         return total
 
-    def add(self, variances: Tensor | float, dof: float, times: Tensor | float = 1.0) -> None:
-        """Variances of ``dof`` degrees of freedom each, every one of which stands for ``times`` of its kind."""
+    def add(self, variances: Tensor | float, dof: float | None, times: Tensor | float = 1.0) -> None:
+        """Variances of ``dof`` degrees of freedom each (``None``: known), each for ``times`` of its kind."""
         found = torch.as_tensor(variances, dtype=torch.float64)
         self.value += float((found * times).sum())
-        self.doubt += float((found.square() * times).sum()) / (dof + 2)
+        if dof is not None:
+            self.doubt += float((found.square() * times).sum()) / (dof + 2)
 
     def __add__(self, other: SummedVariance) -> SummedVariance:
         return SummedVariance(self.value + other.value, self.doubt + other.doubt)

@@ -132,10 +132,10 @@ def geometry(
         if way == "cotangents":
             measured, rows = job.by_cotangents(parameters)
             found = assemble(measured, rows, part, started, has_parameters=bool(parameters))
-            return replace(found, _watch=WeightsWatch(model))
-        measured, products = job.by_products(tangents=way == "tangents")
-        sharp = job.sketched_sharpness(parameters) if parameters else None
-    found = assemble_products(measured, products, part, settings, sharp, started)
+        else:
+            measured, products = job.by_products(tangents=way == "tangents")
+            sharp = job.sketched_sharpness(parameters) if parameters else None
+            found = assemble_products(measured, products, part, settings, sharp, started)
     return replace(found, _watch=WeightsWatch(model))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flatkern.chunk_plan import frugal_limit, note
 from flatkern.linearize import Forward
-from flatkern.loss_data import LossData, output_gradient
+from flatkern.loss_data import LossData, check_target, output_gradient
 from flatkern.losses import Loss
 from flatkern.problem import preserve_state
 from flatkern.residual import Chunk, Sites, Twice, linearize
@@ -128,13 +128,16 @@ class RecordedRuns:
         return Twice(chunk, residual), weight
 
     def outputs(self, x: Any, y: Tensor | None, part: slice) -> tuple[Tensor, Tensor]:
-        """Output and target of some samples, by a plain forward pass."""
+        """Output and target of some samples, by a plain forward pass; a wrong target gets the loss's own message."""
         forward, inputs = self.batches().forward, take(x, part)
         with preserve_state(self.model), torch.no_grad():
             if forward is not None:
-                return forward(self.model, inputs)
-            assert y is not None
-            return self.model(inputs.clone()), y[part]
+                output, target = forward(self.model, inputs)
+            else:
+                assert y is not None
+                output, target = self.model(inputs.clone()), y[part]
+        check_target(self.loss, output, target, [False])
+        return output, target
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -197,9 +196,8 @@ class LayerProblem:
         sketch, generator = loss.sketch, self._generator
 
         def roots(output: Tensor, target: Any) -> Tensor:
-            return sketch(output, target, draw_signs(output.shape, generator, output.device, output.dtype))[
-                None
-            ]
+            signs = draw_signs(output.shape, generator, output.device, output.dtype)
+            return sketch(output, target, signs).unsqueeze(0)
 
         return torch.stack([self._chunked(roots) for _ in range(count)])
 
@@ -230,9 +228,9 @@ class LayerProblem:
         )  # fmt: skip
         value, stderr = rest.total
         error = SummedVariance()
-        error.add(stderr**2, rest.dof or math.inf)
+        error.add(stderr**2, rest.dof)
         if ggn is not None:
-            error.add(ggn.stderr**2, ggn.dof or math.inf)
+            error.add(ggn.stderr**2, ggn.dof)
         drawn = "a product an entry" if rest.exact else f"{len(rest.samples)} Hessian products"
         return RelativeFlatness(
             value=exact + value,

@@ -164,7 +164,6 @@ class Allotment:
         """‖∂ℓ_i/∂f_i‖, ‖s_ik‖² and the part of the denominator."""
         loss = self._runs.loss
         output, target = self._runs.outputs(x, y, part)
-        check_target(loss, output, target, [False])
         squares = columns_of(loss, output, target).double().square().flatten(2).sum(2).T
         return residual_norms(loss, output, target), squares, float(loss.weight(output, target))
 

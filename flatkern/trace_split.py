@@ -14,7 +14,7 @@ from flatkern.estimators import trace
 from flatkern.flatness import ggn_trace
 from flatkern.freedom import SummedVariance
 from flatkern.linearize import Forward
-from flatkern.loss_data import check_target, residual_norms
+from flatkern.loss_data import residual_norms
 from flatkern.losses import Loss, Reduction
 from flatkern.operators import hessian
 from flatkern.recorded_runs import RecordedRuns
@@ -155,14 +155,14 @@ class Split:
         spread = together(sampled.variances) / (denominator**2 * used)
         residual = mean.sum(0)
         error = sampled.summed().scaled(1 / (denominator * used**0.5))
-        error.add(ggn.stderr**2, ggn.dof or math.inf)
+        error.add(ggn.stderr**2, ggn.dof)
         value = ggn.value + float(residual.sum())
         per_sample = ggn.per_sample + n * residual.to(ggn.per_sample)
         rest: HessianTrace | None = None
         if self.refused:
             rest = self.plain("; ".join(self.refused.values()), started, list(self.refused))
             value += rest.value
-            error.add(rest.stderr**2, rest.dof or math.inf)
+            error.add(rest.stderr**2, rest.dof)
         drawn = how != "exact"
         blind = drawn and probes > 0 and sampled.uninformative  # else a pilot has seen many more
         stderr = math.nan if blind else error.stderr
@@ -292,7 +292,7 @@ class Split:
         return replace(found, weight=weight)
 
     def _look(self, x: Any, y: Tensor | None, method: str, chosen: Tensor, counts: Tensor | None) -> Spread:
-        """Probes on some samples of a batch, each of which stands for so many (none without ``counts``: for itself)."""
+        """Probes on some samples of a batch, each of which stands for so many; without ``counts`` for itself."""
         step = self._runs.step(x)
         total, spread = 0.0, SummedVariance()
         probes = max(PILOT_PROBES, 1 + math.ceil(PILOT_FREEDOM / len(chosen)))
@@ -316,7 +316,6 @@ class Split:
         norms, weight = [], 0.0
         for start in range(0, n, step):
             output, target = self._runs.outputs(x, y, slice(start, min(start + step, n)))
-            check_target(self.loss, output, target, [False])
             norms.append(residual_norms(self.loss, output, target))
             weight += float(self.loss.weight(output, target))
         return torch.cat(norms).cpu(), weight

@@ -108,9 +108,7 @@ def _pickled(path: Path) -> Any:
             f"{path}: it holds more than weights ({other[1]}), which would run code of the file; save "
             "model.state_dict()"
         ) from None
-    except (
-        Exception
-    ) as error:  # of a file that is something else, torch's reader raises whatever it runs into
+    except Exception as error:  # whatever torch's reader runs into in a file of another kind
         raise UserError(f"{path}: torch cannot read it ({' '.join(str(error).split())[:120]})") from None
 
 

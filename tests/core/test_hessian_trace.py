@@ -176,15 +176,7 @@ def test_layers_where_some_batches_need_no_draws() -> None:
 
 def test_draws_that_coincide_are_no_exact_value() -> None:
     torch.manual_seed(0)
-    layers = [
-        nn.Linear(1, 1),
-        nn.Tanh(),
-        nn.Linear(1, 1),
-        nn.Tanh(),
-        nn.Linear(1, 1),
-        nn.Tanh(),
-        nn.Linear(1, 1),
-    ]
+    layers = [m for _ in range(4) for m in (nn.Linear(1, 1), nn.Tanh())][:-1]
     model, x, y = nn.Sequential(*layers).double(), torch.randn(1, 1).double(), torch.randn(1, 1).double()
     true = sum(float(d.sum()) for d in hessian_diagonal(model, nn.MSELoss(), x, y).values())
     runs = [fk.hessian_trace(model, nn.MSELoss(), (x, y), samples=2, seed=s) for s in range(30)]
