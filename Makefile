@@ -67,11 +67,12 @@ test: setup
 test-all: setup
 	$(PYTEST)
 
-# the C++ tests of every instruction set under AddressSanitizer and UndefinedBehaviorSanitizer; needs CMake alone
+# the C++ tests of every instruction set, and of the CUDA kernels on the host, under AddressSanitizer and
+# UndefinedBehaviorSanitizer; needs CMake alone
 test-sanitize:
 	cmake -S . -B build/sanitize -DFLATKERN_SANITIZE=ON -DFLATKERN_NVCC=FLATKERN_NVCC-NOTFOUND
 	cmake --build build/sanitize --parallel 2
-	ctest --test-dir build/sanitize --output-on-failure
+	ctest --test-dir build/sanitize --output-on-failure --parallel 2
 
 lint: setup
 	$(BIN)/ruff check .

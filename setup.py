@@ -5,7 +5,8 @@ and to no single torch) and `flatkern/_native.<abi>.so` (the same kernels over N
 never imported. Environment:
 
     FLATKERN_BUILD=auto|required|skip   auto (default): a failed build still installs, the PyTorch reference runs
-    FLATKERN_CUDA=auto|0|1              auto: where the installed torch has CUDA and nvcc is found
+    FLATKERN_CUDA=auto|0|1|emulated     auto: where the installed torch has CUDA and nvcc is found; emulated: for
+                                        tests, the CUDA kernels on the host and in place of the CPU's
     TORCH_CUDA_ARCH_LIST                as torch's extensions read it; default "8.0 9.0+PTX"
     CXX, NVCC, MAX_JOBS                 the compilers, and how many at a time
 
@@ -90,6 +91,7 @@ class Plan:
     ninja: str
     nvcc: str | None
     architectures: list[str] = field(default_factory=list)
+    emulated: bool = False
 
     @classmethod
     def make(cls) -> Plan:
@@ -108,13 +110,21 @@ class Plan:
         ninja = shutil.which("ninja", path=scripts) or shutil.which("ninja")
         if ninja is None:
             raise BuildError("ninja was not found (pip install ninja)")
-        wanted = option("FLATKERN_CUDA", ("auto", "0", "1"))
-        nvcc = find_nvcc() if wanted != "0" else None
+        wanted = option("FLATKERN_CUDA", ("auto", "0", "1", "emulated"))
+        nvcc = find_nvcc() if wanted in ("auto", "1") else None
         if wanted == "1" and nvcc is None:
             raise BuildError("FLATKERN_CUDA=1 but nvcc was not found (set CUDA_HOME or NVCC)")
         if wanted == "auto" and not (torch / "lib" / "libtorch_cuda.so").exists():
             nvcc = None
-        return cls(torch, pybind, cxx, ninja, nvcc, cuda_architectures() if nvcc else [])
+        architectures = cuda_architectures() if nvcc else []
+        return cls(torch, pybind, cxx, ninja, nvcc, architectures, emulated=wanted == "emulated")
+
+    @property
+    def kind(self) -> str:
+        """What sets this build apart from the others in `build/`."""
+        if self.emulated:
+            return "cuda-emulated"
+        return f"cuda-{'-'.join(self.architectures)}" if self.nvcc else "cpu"
 
     @property
     def flags(self) -> str:
@@ -124,6 +134,9 @@ class Plan:
         """The build as text: one rule per compiler, one statement per source."""
         x86 = platform.machine() in ("x86_64", "AMD64")
         cuda_flag = " -DFLATKERN_CUDA -DUSE_CUDA" if self.nvcc else ""
+        emulation = ROOT / "csrc" / "tests" / "emulation"
+        if self.emulated:
+            cuda_flag = " -DFLATKERN_CUDA -DFLATKERN_EMULATED_CUDA -Wno-unused-function"
         x86_flag = " -DFLATKERN_X86" if x86 else ""
         includes = f"-isystem {self.torch / 'include'}"
         python = f"-isystem {self.pybind11} -isystem {sysconfig.get_path('include')}"
@@ -169,9 +182,18 @@ class Plan:
             )
             kernels.append(self.compile(lines, build, source, flags + x86_flag))
         cuda = [
-            self.compile(lines, build, s, "", rule="nvcc")
+            self.compile(lines, build, s, "", rule="nvcc", tag="_cu")
             for s in sorted((ROOT / "csrc" / "cuda").glob("*.cu") if self.nvcc else ())
         ]
+        if self.emulated:  # nvcc is as silent about the first two
+            quiet = "-Wno-unknown-pragmas -Wno-sign-compare"
+            cuda = [
+                self.compile(
+                    lines, build, s, f"{quiet} -DFLATKERN_EMULATED_CUDA -I{emulation} -x c++", tag="_cu"
+                )
+                for s in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+            ]
+            cuda.append(self.compile(lines, build, emulation / "block.cpp", ""))
         target = f"-DTORCH_TARGET_VERSION={TARGET_VERSION} -Wno-unused-parameter"
         about = f"{quoted} {architectures}"
         ops, doors = (
@@ -187,8 +209,10 @@ class Plan:
         lines.append(f"build {build / native_name()}: link_native {doors} {' '.join(kernels)}")
         return "\n".join(lines) + "\n"
 
-    def compile(self, lines: list[str], build: Path, source: Path, extra: str, rule: str = "cxx") -> str:
-        out = build / f"{source.stem}{'_cu' if rule == 'nvcc' else ''}.o"
+    def compile(
+        self, lines: list[str], build: Path, source: Path, extra: str, rule: str = "cxx", tag: str = ""
+    ) -> str:
+        out = build / f"{source.stem}{tag}.o"
         lines.append(f"build {out}: {rule} {source}\n  extra = {extra.strip()}")
         return str(out)
 
@@ -236,8 +260,7 @@ def torch_version(torch: Path) -> str:
 def compile_all() -> tuple[list[Path], dict[str, object]]:
     """Runs ninja in `build/` (kept, so that a second run compiles only what changed)."""
     plan = Plan.make()
-    kind = f"cuda-{'-'.join(plan.architectures)}" if plan.nvcc else "cpu"
-    build = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-{kind}"
+    build = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-{plan.kind}"
     build.mkdir(parents=True, exist_ok=True)
     text = plan.ninja_file(build)
     file = build / "build.ninja"

@@ -1,7 +1,6 @@
 // The torch door of attention: schemas, outputs and raw pointers. flatkern/kernels calls these operators for
 // CUDA tensors alone; on the CPU, where its form in PyTorch is far quicker, they run the very loops of the
 // CUDA kernels one thread after the other, which is how these are tested where there is no GPU.
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -11,9 +10,9 @@
 #include <vector>
 
 #include "common/attention_runs.h"
+#include "gpu_call.h"
 #ifdef FLATKERN_CUDA
 #include "cuda/attention.h"
-#pragma weak aoti_torch_get_current_cuda_stream
 #endif
 
 namespace {
@@ -96,33 +95,25 @@ void add_tangents(Attention<float>& a, const Tensor& q, const Maybe& dq, const M
 // Runs passes where the queries lie: on the current stream of a GPU, or on the host.
 class Runner {
  public:
-  explicit Runner(const Tensor& q) : on_gpu_(q.is_cuda()) {
 #ifdef FLATKERN_CUDA
-    if (on_gpu_) {
-      guard_.emplace(q.get_device_index());
-      TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(q.get_device_index(), &stream_));
-    }
-#endif
+  explicit Runner(const Tensor& q) {
+    if (flatkern::on_gpu(q)) call_.emplace(q);
   }
+#else
+  explicit Runner(const Tensor&) {}
+#endif
 
   template <typename Pass>
   void operator()(const Pass& pass) const {
 #ifdef FLATKERN_CUDA
-    if (on_gpu_) {
-      const int error = flatkern::cuda::run(pass, stream_);
-      STD_TORCH_CHECK(error == 0,
-                      "flatkern: CUDA kernel launch failed: ", flatkern::cuda::error_string(error));
-      return;
-    }
+    if (call_) return call_->check(flatkern::cuda::run(pass, call_->stream()));
 #endif
     flatkern::attention::on_host(pass);
   }
 
  private:
-  bool on_gpu_;
 #ifdef FLATKERN_CUDA
-  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
-  void* stream_ = nullptr;
+  std::optional<flatkern::GpuCall> call_;
 #endif
 };
 
@@ -219,8 +210,8 @@ STABLE_TORCH_LIBRARY_IMPL(flatkern, CPU, m) {
   FLATKERN_ATTENTION(m);
 }
 
-#ifdef FLATKERN_CUDA
-STABLE_TORCH_LIBRARY_IMPL(flatkern, CUDA, m) {
+#if defined(FLATKERN_CUDA) && !defined(FLATKERN_EMULATED_CUDA)
+FLATKERN_GPU_IMPL(m) {
   FLATKERN_ATTENTION(m);
 }
 #endif

@@ -1,6 +1,5 @@
 // The torch door of the ghost norm: a tensor's leading, middle and last dimensions become samples, positions
 // and features. Shapes are checked in Python (flatkern/kernels); what would be unsafe is checked here again.
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -9,9 +8,9 @@
 
 #include "cpu/kernels.h"
 #include "dispatch.h"
+#include "gpu_call.h"
 #ifdef FLATKERN_CUDA
 #include "cuda/ghost.h"
-#pragma weak aoti_torch_get_current_cuda_stream
 #endif
 
 namespace {
@@ -80,9 +79,7 @@ Tensor ghost_norm(Tensor a, Tensor g, std::int64_t position_dims, bool formed) {
 namespace cuda {
 
 Tensor ghost_norm(Tensor a, Tensor g, std::int64_t position_dims, bool formed) {
-  const torch::stable::accelerator::DeviceGuard guard(g.get_device_index());
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(g.get_device_index(), &stream));
+  const flatkern::GpuCall call(g);
   Tensor out = empty_result(g, position_dims);
   dispatch(g, [&](auto zero) {
     const auto x = ghost_input<decltype(zero)>(a, g, position_dims);
@@ -90,10 +87,8 @@ Tensor ghost_norm(Tensor a, Tensor g, std::int64_t position_dims, bool formed) {
                        blocks = flatkern::cuda::ghost_blocks(x, formed);
     const std::int64_t room[] = {lines, blocks};
     Tensor partial = torch::stable::new_empty(g, {room, 2}, ScalarType::Double);
-    const int error =
-        flatkern::cuda::ghost_norm(x, formed, blocks, static_cast<double*>(partial.mutable_data_ptr()),
-                                   static_cast<double*>(out.mutable_data_ptr()), stream);
-    STD_TORCH_CHECK(error == 0, "flatkern: CUDA kernel launch failed: ", flatkern::cuda::error_string(error));
+    call.check(flatkern::cuda::ghost_norm(x, formed, blocks, static_cast<double*>(partial.mutable_data_ptr()),
+                                          static_cast<double*>(out.mutable_data_ptr()), call.stream()));
   });
   return out;
 }
@@ -107,12 +102,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flatkern, m) {
   m.def("ghost_norm(Tensor a, Tensor g, int position_dims, bool formed) -> Tensor");
 }
 
+#ifndef FLATKERN_EMULATED_CUDA
 STABLE_TORCH_LIBRARY_IMPL(flatkern, CPU, m) {
   m.impl("ghost_norm", TORCH_BOX(&cpu::ghost_norm));
 }
+#endif
 
 #ifdef FLATKERN_CUDA
-STABLE_TORCH_LIBRARY_IMPL(flatkern, CUDA, m) {
+FLATKERN_GPU_IMPL(m) {
   m.impl("ghost_norm", TORCH_BOX(&cuda::ghost_norm));
 }
 #endif

@@ -1,6 +1,5 @@
 // The torch door of the jets: schemas, outputs and raw pointers. Operands are contiguous and checked in
 // Python (flatkern/kernels); what would be unsafe is checked here again.
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -10,9 +9,9 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "gpu_call.h"
 #ifdef FLATKERN_CUDA
 #include "cuda/jets.h"
-#pragma weak aoti_torch_get_current_cuda_stream
 #endif
 
 namespace {
@@ -88,33 +87,15 @@ struct Rows {
 };
 
 // How the work is spread: over torch's threads on the CPU, one launch on the current stream on a GPU.
-#ifdef FLATKERN_CUDA
-bool on_gpu(const Tensor& x) {
-  return x.is_cuda();
-}
-
-struct Launch {
-  torch::stable::accelerator::DeviceGuard guard;
-  void* stream = nullptr;
-
-  explicit Launch(const Tensor& x) : guard(x.get_device_index()) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
-  }
-  static void check(int error) {
-    STD_TORCH_CHECK(error == 0, "flatkern: CUDA kernel launch failed: ", flatkern::cuda::error_string(error));
-  }
-};
-#endif
-
 template <typename E, typename Args>
 void run_chunks(const Tensor& z, std::int64_t k, const ActivationSpec& spec, const Args& args,
                 void (*kernel)(const ActivationSpec&, const Args&, std::int64_t, std::int64_t,
                                std::int64_t)) {
   const std::int64_t n = z.numel();
 #ifdef FLATKERN_CUDA
-  if (on_gpu(z)) {
-    const Launch launch(z);
-    return Launch::check(flatkern::cuda::run(spec, args, n, launch.stream));
+  if (flatkern::on_gpu(z)) {
+    const flatkern::GpuCall call(z);
+    return call.check(flatkern::cuda::run(spec, args, n, call.stream()));
   }
 #endif
   torch::stable::parallel_for(
@@ -126,9 +107,9 @@ template <typename E, typename Args>
 void run_rows(const Tensor& z, const Args& args,
               void (*kernel)(const Args&, std::int64_t, std::int64_t, wide_t<E>*)) {
 #ifdef FLATKERN_CUDA
-  if (on_gpu(z)) {
-    const Launch launch(z);
-    return Launch::check(flatkern::cuda::run(args, launch.stream));
+  if (flatkern::on_gpu(z)) {
+    const flatkern::GpuCall call(z);
+    return call.check(flatkern::cuda::run(args, call.stream()));
   }
 #endif
   torch::stable::parallel_for(
@@ -356,8 +337,8 @@ STABLE_TORCH_LIBRARY_IMPL(flatkern, CPU, m) {
   FLATKERN_JETS(m);
 }
 
-#ifdef FLATKERN_CUDA
-STABLE_TORCH_LIBRARY_IMPL(flatkern, CUDA, m) {
+#if defined(FLATKERN_CUDA) && !defined(FLATKERN_EMULATED_CUDA)
+FLATKERN_GPU_IMPL(m) {
   FLATKERN_JETS(m);
 }
 #endif

@@ -1,23 +1,19 @@
-// The torch door: schemas and the code between tensors and raw pointers, on the stable ABI alone, so that one
-// binary serves every torch from 2.11 on. Autograd, shapes for tracing and vmap are added in Python
-// (flatkern/kernels), which also checks the arguments; nothing else calls these operators.
-#include <torch/csrc/stable/accelerator.h>
+// The torch door of matrices: schemas and the code between tensors and raw pointers, on the stable ABI alone,
+// so that one binary serves every torch from 2.11 on. Autograd, shapes for tracing and vmap are added in
+// Python (flatkern/kernels), which also checks the arguments; nothing else calls these operators.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <functional>
 #include <tuple>
 #include <type_traits>
 #include <vector>
 
 #include "cpu/kernels.h"
-#include "cpu/probe_rows.h"
 #include "dispatch.h"
+#include "gpu_call.h"
 #ifdef FLATKERN_CUDA
 #include "cuda/kernels.h"
-// On a torch without CUDA this symbol is absent; weak, it lets the very same library load there.
-#pragma weak aoti_torch_get_current_cuda_stream
 #endif
 
 namespace {
@@ -227,134 +223,52 @@ Tensor lq_factor(Tensor x, Tensor wanted) {
   return out;
 }
 
-// -- random rows and the step of Lanczos ----------------------------------------------------------------
-void over_threads(std::int64_t n, std::int64_t grain,
-                  const std::function<void(std::int64_t, std::int64_t)>& f) {
-  if (n > 0) torch::stable::parallel_for(0, n, grain, f);
-}
-
-// `member` picks the generator from the table of a type.
-template <typename Member>
-Tensor random_rows(const Tensor& like, std::int64_t seed, std::int64_t first, std::int64_t rows,
-                   std::int64_t size, const Member& member) {
-  Tensor out = empty(like, {rows, size}, like.scalar_type());
-  dispatch(like, [&](auto zero) {
-    flatkern::cpu::random_rows(member(kernels().probes->of(zero)), seed, first, rows, size,
-                               static_cast<decltype(zero)*>(out.mutable_data_ptr()), over_threads);
-  });
-  return out;
-}
-
-Tensor rademacher(Tensor like, std::int64_t seed, std::int64_t first, std::int64_t rows, std::int64_t size) {
-  return random_rows(like, seed, first, rows, size, [](const auto& table) { return table.rademacher; });
-}
-
-Tensor normal(Tensor like, std::int64_t seed, std::int64_t first, std::int64_t rows, std::int64_t size) {
-  return random_rows(like, seed, first, rows, size, [](const auto& table) { return table.normal; });
-}
-
-void check_contiguous_dots(const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() == 3 && x.is_contiguous(), "flatkern: expected contiguous rows [batch, k, size]");
-}
-
-Tensor rademacher_dot(Tensor x, std::int64_t seed, std::int64_t first) {
-  check_contiguous_dots(x);
-  Tensor out = empty(x, {x.size(0), x.size(1)}, ScalarType::Double);
-  dispatch(x, [&](auto zero) {
-    using T = decltype(zero);
-    flatkern::cpu::rademacher_dots<T>(seed, first, x.size(0), x.size(1), x.size(2),
-                                      static_cast<const T*>(x.const_data_ptr()),
-                                      static_cast<double*>(out.mutable_data_ptr()), over_threads);
-  });
-  return out;
-}
-
-// Unit strides inside rows, one shape and dtype, and beta as doubles.
-void check_step(const Tensor& image, const Tensor& current, const Tensor& previous, const Tensor& beta,
-                const Tensor& residual) {
-  for (const Tensor& t : {image, current, previous, residual}) {
-    STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == image.size(0) && t.size(1) == image.size(1) &&
-                        t.scalar_type() == image.scalar_type() && (t.stride(1) == 1 || t.size(1) <= 1),
-                    "flatkern: expected rows [k, size] of one dtype with unit strides");
-  }
-  STD_TORCH_CHECK(beta.dim() == 1 && beta.size(0) == image.size(0) && beta.is_contiguous() &&
-                      beta.scalar_type() == ScalarType::Double,
-                  "flatkern: expected beta [k] in float64");
-}
-
-std::tuple<Tensor, Tensor> lanczos_step(Tensor image, Tensor current, Tensor previous, Tensor beta,
-                                        Tensor residual) {
-  check_step(image, current, previous, beta, residual);
-  Tensor alpha = empty(image, {image.size(0)}, ScalarType::Double);
-  Tensor norm = empty(image, {image.size(0)}, ScalarType::Double);
-  dispatch(image, [&](auto zero) {
-    using T = decltype(zero);
-    const auto rows = [](const Tensor& t) {
-      return flatkern::cpu::Rows<const T>{static_cast<const T*>(t.const_data_ptr()), t.stride(0)};
-    };
-    flatkern::cpu::lanczos_step<T>(image.size(0), image.size(1), rows(image), rows(current), rows(previous),
-                                   static_cast<const double*>(beta.const_data_ptr()),
-                                   {static_cast<T*>(residual.mutable_data_ptr()), residual.stride(0)},
-                                   static_cast<double*>(alpha.mutable_data_ptr()),
-                                   static_cast<double*>(norm.mutable_data_ptr()), over_threads);
-  });
-  return {alpha, norm};
-}
-
 }  // namespace cpu
 
 #ifdef FLATKERN_CUDA
 namespace cuda {
 
-void* current_stream(const Tensor& x) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
-  return stream;
-}
-
-void check(int error) {
-  STD_TORCH_CHECK(error == 0, "flatkern: CUDA kernel launch failed: ", flatkern::cuda::error_string(error));
-}
+using flatkern::GpuCall;
 
 Tensor spd_logdet(Tensor g) {
   check_sizes(g, flatkern::cuda::kMaxSize, true);
-  const torch::stable::accelerator::DeviceGuard guard(g.get_device_index());
+  const GpuCall call(g);
   Tensor out = empty(g, batch_sizes(g), g.scalar_type());
   dispatch(g, [&](auto zero) {
     using T = decltype(zero);
-    check(flatkern::cuda::spd_logdet<T>(matrices<T>(g), static_cast<T*>(out.mutable_data_ptr()),
-                                        current_stream(g)));
+    call.check(flatkern::cuda::spd_logdet<T>(matrices<T>(g), static_cast<T*>(out.mutable_data_ptr()),
+                                             call.stream()));
   });
   return out;
 }
 
 Tensor gram(Tensor x) {
   check_sizes(x, flatkern::cuda::kMaxSize, false);
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const GpuCall call(x);
   const std::int64_t c = x.size(x.dim() - 2);
   Tensor out = empty(x, batch_sizes(x, {c, c}), ScalarType::Double);
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
-    check(flatkern::cuda::gram<T>(matrices<T>(x), static_cast<double*>(out.mutable_data_ptr()),
-                                  current_stream(x)));
+    call.check(
+        flatkern::cuda::gram<T>(matrices<T>(x), static_cast<double*>(out.mutable_data_ptr()), call.stream()));
   });
   return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gram_stats(Tensor x) {
   check_sizes(x, flatkern::cuda::kMaxSize, false);
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const GpuCall call(x);
   const StatsTensors out(x);
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
-    check(flatkern::cuda::gram_stats<T>(matrices<T>(x), out.pointers(), current_stream(x)));
+    call.check(flatkern::cuda::gram_stats<T>(matrices<T>(x), out.pointers(), call.stream()));
   });
   return out.tuple();
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gram_stats_factors(Tensor x) {
   check_sizes(x, flatkern::cuda::kMaxSize, false);
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const GpuCall call(x);
   const StatsTensors out(x);
   const std::int64_t c = x.size(-2);
   Tensor gram = empty(x, batch_sizes(x, {c, c}), ScalarType::Double);
@@ -364,7 +278,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gram_
   to.inverse = static_cast<double*>(inverse.mutable_data_ptr());
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
-    check(flatkern::cuda::gram_stats<T>(matrices<T>(x), to, current_stream(x)));
+    call.check(flatkern::cuda::gram_stats<T>(matrices<T>(x), to, call.stream()));
   });
   return std::tuple_cat(out.tuple(), std::make_tuple(gram, inverse));
 }
@@ -372,13 +286,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gram_
 // `weight`: contiguous, of g's dtype, one a sample.
 Tensor spd_pullback(Tensor g, Tensor weight) {
   check_sizes(g, flatkern::cuda::kMaxSize, true);
-  const torch::stable::accelerator::DeviceGuard guard(g.get_device_index());
+  const GpuCall call(g);
   const std::int64_t c = g.size(-1);
   Tensor out = empty(g, batch_sizes(g, {c, c}), g.scalar_type());
   dispatch(g, [&](auto zero) {
     using T = decltype(zero);
-    check(flatkern::cuda::spd_pullback<T>(matrices<T>(g), static_cast<const T*>(weight.const_data_ptr()),
-                                          static_cast<T*>(out.mutable_data_ptr()), current_stream(g)));
+    call.check(flatkern::cuda::spd_pullback<T>(matrices<T>(g), static_cast<const T*>(weight.const_data_ptr()),
+                                               static_cast<T*>(out.mutable_data_ptr()), call.stream()));
   });
   return out;
 }
@@ -387,107 +301,47 @@ Tensor spd_pullback(Tensor g, Tensor weight) {
 Tensor gram_pullback(Tensor x, Tensor gram, Tensor inverse, Tensor logdet, Tensor trace,
                      Tensor frobenius_sq) {
   check_sizes(x, flatkern::cuda::kMaxSize, false);
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const GpuCall call(x);
   Tensor out = empty(x, batch_sizes(x, {x.size(-2), x.size(-1)}), x.scalar_type());
   const auto read = [](const Tensor& t) { return static_cast<const double*>(t.const_data_ptr()); };
   const flatkern::GramCotangents g{read(logdet), read(trace), read(frobenius_sq), read(gram), read(inverse)};
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
-    check(flatkern::cuda::gram_pullback<T>(matrices<T>(x), g, static_cast<T*>(out.mutable_data_ptr()),
-                                           current_stream(x)));
+    call.check(flatkern::cuda::gram_pullback<T>(matrices<T>(x), g, static_cast<T*>(out.mutable_data_ptr()),
+                                                call.stream()));
   });
   return out;
 }
 
 // `grams`: room for the Gram matrices, which may be where the vectors go.
-void fill_spectrum(const Tensor& x, double floor, const Tensor& grams, const Tensor& values,
-                   const Tensor* vectors) {
-  check_sizes(x, flatkern::cuda::kMaxSpectrum, false);
+void fill_spectrum(const GpuCall& call, const Tensor& x, double floor, const Tensor& grams,
+                   const Tensor& values, const Tensor* vectors) {
   const auto write = [](const Tensor& t) { return static_cast<double*>(t.mutable_data_ptr()); };
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
-    check(flatkern::cuda::gram_spectrum<T>(matrices<T>(x), floor, write(grams), write(values),
-                                           vectors ? write(*vectors) : nullptr, current_stream(x)));
+    call.check(flatkern::cuda::gram_spectrum<T>(matrices<T>(x), floor, write(grams), write(values),
+                                                vectors ? write(*vectors) : nullptr, call.stream()));
   });
 }
 
 Tensor gram_singular_values(Tensor x, bool precise) {
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  check_sizes(x, flatkern::cuda::kMaxSpectrum, false);
+  const GpuCall call(x);
   const std::int64_t c = x.size(-2);
   Tensor values = empty(x, batch_sizes(x, {c}), ScalarType::Double);
   const Tensor grams = empty(x, batch_sizes(x, {c, c}), ScalarType::Double);
-  fill_spectrum(x, precise ? flatkern::cpu::kGramFloor : 0, grams, values, nullptr);
+  fill_spectrum(call, x, precise ? flatkern::cpu::kGramFloor : 0, grams, values, nullptr);
   return values;
 }
 
 std::tuple<Tensor, Tensor> gram_singular_vectors(Tensor x) {
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  check_sizes(x, flatkern::cuda::kMaxSpectrum, false);
+  const GpuCall call(x);
   const std::int64_t c = x.size(-2);
   Tensor values = empty(x, batch_sizes(x, {c}), ScalarType::Double);
   Tensor vectors = empty(x, batch_sizes(x, {c, c}), ScalarType::Double);
-  fill_spectrum(x, flatkern::cpu::kGramFloor, vectors, values, &vectors);
+  fill_spectrum(call, x, flatkern::cpu::kGramFloor, vectors, values, &vectors);
   return {values, vectors};
-}
-
-// `generate` launches for the rows of a type.
-template <typename Generate>
-Tensor random_rows(const Tensor& like, std::int64_t rows, std::int64_t size, const Generate& generate) {
-  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-  Tensor out = empty(like, {rows, size}, like.scalar_type());
-  dispatch(like, [&](auto zero) {
-    check(generate(static_cast<decltype(zero)*>(out.mutable_data_ptr()), current_stream(like)));
-  });
-  return out;
-}
-
-Tensor rademacher(Tensor like, std::int64_t seed, std::int64_t first, std::int64_t rows, std::int64_t size) {
-  return random_rows(like, rows, size, [&](auto* out, void* stream) {
-    return flatkern::cuda::rademacher(seed, first, rows, size, out, stream);
-  });
-}
-
-Tensor normal(Tensor like, std::int64_t seed, std::int64_t first, std::int64_t rows, std::int64_t size) {
-  return random_rows(like, rows, size, [&](auto* out, void* stream) {
-    return flatkern::cuda::normal(seed, first, rows, size, out, stream);
-  });
-}
-
-Tensor rademacher_dot(Tensor x, std::int64_t seed, std::int64_t first) {
-  cpu::check_contiguous_dots(x);
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const std::int64_t lines = x.size(0) * x.size(1);
-  Tensor out = empty(x, {x.size(0), x.size(1)}, ScalarType::Double);
-  Tensor partial = empty(x, {lines, flatkern::cuda::probe_blocks(x.size(2))}, ScalarType::Double);
-  dispatch(x, [&](auto zero) {
-    using T = decltype(zero);
-    check(flatkern::cuda::rademacher_dots<T>(
-        seed, first, x.size(0), x.size(1), x.size(2), static_cast<const T*>(x.const_data_ptr()),
-        static_cast<double*>(partial.mutable_data_ptr()), static_cast<double*>(out.mutable_data_ptr()),
-        current_stream(x)));
-  });
-  return out;
-}
-
-std::tuple<Tensor, Tensor> lanczos_step(Tensor image, Tensor current, Tensor previous, Tensor beta,
-                                        Tensor residual) {
-  cpu::check_step(image, current, previous, beta, residual);
-  const torch::stable::accelerator::DeviceGuard guard(image.get_device_index());
-  const std::int64_t k = image.size(0), size = image.size(1);
-  Tensor alpha = empty(image, {k}, ScalarType::Double), norm = empty(image, {k}, ScalarType::Double);
-  Tensor partial = empty(image, {k, flatkern::cuda::lanczos_blocks(size)}, ScalarType::Double);
-  dispatch(image, [&](auto zero) {
-    using T = decltype(zero);
-    const auto rows = [](const Tensor& t) {
-      return flatkern::cuda::Strided<const T>{static_cast<const T*>(t.const_data_ptr()), t.stride(0)};
-    };
-    check(flatkern::cuda::lanczos_step<T>(
-        k, size, rows(image), rows(current), rows(previous),
-        static_cast<const double*>(beta.const_data_ptr()),
-        {static_cast<T*>(residual.mutable_data_ptr()), residual.stride(0)},
-        static_cast<double*>(partial.mutable_data_ptr()), static_cast<double*>(alpha.mutable_data_ptr()),
-        static_cast<double*>(norm.mutable_data_ptr()), current_stream(image)));
-  });
-  return {alpha, norm};
 }
 
 }  // namespace cuda
@@ -507,15 +361,11 @@ STABLE_TORCH_LIBRARY(flatkern, m) {
   m.def("gram_singular_values(Tensor x, bool precise) -> Tensor");
   m.def("gram_singular_vectors(Tensor x) -> (Tensor, Tensor)");
   m.def("lq_factor(Tensor x, Tensor wanted) -> Tensor");
-  m.def("rademacher(Tensor like, int seed, int first, int rows, int size) -> Tensor");
-  m.def("normal(Tensor like, int seed, int first, int rows, int size) -> Tensor");
-  m.def("rademacher_dot(Tensor x, int seed, int first) -> Tensor");
-  m.def(
-      "lanczos_step(Tensor image, Tensor current, Tensor previous, Tensor beta, Tensor(a!) residual) -> "
-      "(Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flatkern, CPU, m) {
+  m.impl("lq_factor", TORCH_BOX(&cpu::lq_factor));
+#ifndef FLATKERN_EMULATED_CUDA
   m.impl("spd_logdet", TORCH_BOX(&cpu::spd_logdet));
   m.impl("spd_pullback", TORCH_BOX(&cpu::spd_pullback));
   m.impl("gram", TORCH_BOX(&cpu::gram));
@@ -524,15 +374,11 @@ STABLE_TORCH_LIBRARY_IMPL(flatkern, CPU, m) {
   m.impl("gram_pullback", TORCH_BOX(&cpu::gram_pullback));
   m.impl("gram_singular_values", TORCH_BOX(&cpu::gram_singular_values));
   m.impl("gram_singular_vectors", TORCH_BOX(&cpu::gram_singular_vectors));
-  m.impl("lq_factor", TORCH_BOX(&cpu::lq_factor));
-  m.impl("rademacher", TORCH_BOX(&cpu::rademacher));
-  m.impl("normal", TORCH_BOX(&cpu::normal));
-  m.impl("rademacher_dot", TORCH_BOX(&cpu::rademacher_dot));
-  m.impl("lanczos_step", TORCH_BOX(&cpu::lanczos_step));
+#endif
 }
 
 #ifdef FLATKERN_CUDA
-STABLE_TORCH_LIBRARY_IMPL(flatkern, CUDA, m) {
+FLATKERN_GPU_IMPL(m) {
   m.impl("spd_logdet", TORCH_BOX(&cuda::spd_logdet));
   m.impl("gram", TORCH_BOX(&cuda::gram));
   m.impl("gram_stats", TORCH_BOX(&cuda::gram_stats));
@@ -541,9 +387,5 @@ STABLE_TORCH_LIBRARY_IMPL(flatkern, CUDA, m) {
   m.impl("gram_pullback", TORCH_BOX(&cuda::gram_pullback));
   m.impl("gram_singular_values", TORCH_BOX(&cuda::gram_singular_values));
   m.impl("gram_singular_vectors", TORCH_BOX(&cuda::gram_singular_vectors));
-  m.impl("rademacher", TORCH_BOX(&cuda::rademacher));
-  m.impl("normal", TORCH_BOX(&cuda::normal));
-  m.impl("rademacher_dot", TORCH_BOX(&cuda::rademacher_dot));
-  m.impl("lanczos_step", TORCH_BOX(&cuda::lanczos_step));
 }
 #endif

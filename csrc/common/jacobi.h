@@ -9,9 +9,19 @@
 
 namespace flatkern {
 
+// a, b become co a - si b and si a + co b, where co = 1 - si tau. Applied in this form (Rutishauser 1966) a
+// small rotation moves the lengths by little: a rounded co would scale both rows by its own error, which adds
+// up over the sweeps.
 struct Rotation {
   bool turns;
-  double co, si;  // a, b become co a - si b and si a + co b
+  double si, tau;
+
+  template <typename T>
+  FLATKERN_HD void apply(T& a, T& b) const {
+    const T x = a, y = b;
+    a = x - si * (y + tau * x);
+    b = y + si * (x - tau * y);
+  }
 };
 
 // Below this cosine between two rows they count as orthogonal.
@@ -21,10 +31,10 @@ FLATKERN_HD double jacobi_tolerance(int c) {
 
 // From the squared lengths and the dot of two rows a and b.
 FLATKERN_HD Rotation rotation_of(double aa, double bb, double ab, double tolerance) {
-  if (!(fabs(ab) > tolerance * sqrt(aa) * sqrt(bb))) return {false, 1, 0};
+  if (!(fabs(ab) > tolerance * sqrt(aa) * sqrt(bb))) return {false, 0, 0};
   const double zeta = (bb - aa) / (2 * ab), root = sqrt(1 + zeta * zeta);
   const double t = 1 / (zeta < 0 ? zeta - root : zeta + root), co = 1 / sqrt(1 + t * t);
-  return {true, co, t * co};
+  return {true, t * co, t * co / (1 + co)};
 }
 
 // Pair p < m / 2 of round r < m - 1 of m rows, m even (the last may be one that is not there): m - 1 stays,

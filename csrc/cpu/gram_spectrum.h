@@ -24,18 +24,14 @@ FLATKERN_INLINE void jacobi_rows(double* l, double* u, std::int64_t c, std::int6
         const Rotation by = rotation_of(aa, bb, ab, tolerance);
         if (!by.turns) continue;
         turned = true;
-        const double co = by.co, si = by.si;
         for (std::int64_t k = 0; k < pitch; k += width) {
-          const V<double> x = load<double>(a + k), y = load<double>(b + k);
-          store<double>(a + k, co * x - si * y);
-          store<double>(b + k, si * x + co * y);
+          V<double> x = load<double>(a + k), y = load<double>(b + k);
+          by.apply(x, y);
+          store<double>(a + k, x);
+          store<double>(b + k, y);
         }
         if (!u) continue;
-        for (std::int64_t k = 0; k < c; ++k) {
-          const double x = u[i * c + k], y = u[j * c + k];
-          u[i * c + k] = co * x - si * y;
-          u[j * c + k] = si * x + co * y;
-        }
+        for (std::int64_t k = 0; k < c; ++k) by.apply(u[i * c + k], u[j * c + k]);
       }
     }
     if (!turned) return;

@@ -1,14 +1,16 @@
 // Activations and their terms along tangents: a thread takes sixteen bytes of the primal, evaluates them once
 // and goes over the tangents; entry by entry where the rows are not aligned to that.
-#include <cuda_runtime.h>
+#include <cstdint>
+#include <initializer_list>
 
 #include "jets.h"
+#include "launch.cuh"
 
 namespace flatkern::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr std::int64_t kMostBlocks = 1 << 20;
+constexpr std::int64_t kMostBlocks = most_blocks(1 << 20);
 
 template <typename E, int count>
 struct alignas(sizeof(E) * count) Pack {
@@ -124,19 +126,14 @@ bool aligned(std::initializer_list<const void*> pointers) {
 }
 
 template <typename E, typename Args>
-int launch(const ActivationSpec& spec, const Args& args, std::int64_t n, bool packs, void* stream_) {
+int launch(const ActivationSpec& spec, const Args& args, std::int64_t n, bool packs, void* stream) {
   if (n == 0) return 0;
-  const auto stream = static_cast<cudaStream_t>(stream_);
   constexpr int count = 16 / sizeof(E);
   const std::int64_t each = packs && n % count == 0 ? count : 1;
   const std::int64_t wanted = (n / each + kThreads - 1) / kThreads;
   const unsigned blocks = static_cast<unsigned>(wanted < kMostBlocks ? wanted : kMostBlocks);
-  if (each == count) {
-    jets<E, count><<<blocks, kThreads, 0, stream>>>(spec, args, n);
-  } else {
-    jets<E, 1><<<blocks, kThreads, 0, stream>>>(spec, args, n);
-  }
-  return static_cast<int>(cudaGetLastError());
+  const auto kernel = each == count ? jets<E, count, Args> : jets<E, 1, Args>;
+  return launch_kernel(kernel, blocks, kThreads, 0, stream, spec, args, n);
 }
 
 }  // namespace

@@ -1,8 +1,7 @@
 // Attention and its derivatives: a block for every 64 queries, 64 keys or tile of the mask, each sum in a
 // fixed order. What a block does is in common/attention_passes.h.
-#include <cuda_runtime.h>
-
 #include "attention.h"
+#include "launch.cuh"
 
 namespace flatkern::cuda {
 namespace {
@@ -14,7 +13,7 @@ struct BlockTeam {
 
   template <typename F>
   FLATKERN_HD void phase(const F& f) {
-#ifdef __CUDA_ARCH__
+#if defined(__CUDA_ARCH__) || defined(FLATKERN_EMULATED_CUDA)
     f(static_cast<int>(threadIdx.x), own);
     __syncthreads();
 #endif
@@ -47,11 +46,10 @@ __global__ void FLATKERN_ALONE units_alone(Pass pass, std::int64_t count) {
 
 template <typename Pass>
 int launch(void (*kernel)(Pass, std::int64_t), const Pass& pass, void* stream) {
-  const std::int64_t count = pass.units(), most = std::int64_t(1) << 30;
+  const std::int64_t count = pass.units(), most = most_blocks(1 << 30);
   if (count == 0) return 0;
   const unsigned blocks = static_cast<unsigned>(count < most ? count : most);
-  kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(pass, count);
-  return static_cast<int>(cudaGetLastError());
+  return launch_kernel(kernel, blocks, kThreads, 0, stream, pass, count);
 }
 
 }  // namespace

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # The CUDA side as far as a machine without a GPU can check it (`make cuda-check`):
 #   the mathematics shared with the CPU, compiled for the host and tested;
+#   every kernel's own source on the host (csrc/tests/emulation), behind the operators, in the tests of the kernels;
 #   every kernel compiled for sm_80, sm_90 and PTX, with its registers and spills (bounds below);
 #   the CUDA-enabled library linked, loaded on the installed torch, and one operator run on CPU tensors.
-# No kernel runs on a GPU here. Everything is written to build/, so a second run is quick.
+# No kernel runs on a GPU here. Everything is written to build/, so a second run compiles little.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 MAX_SPILL_BYTES=0
@@ -17,8 +18,13 @@ for test in test_shared_math test_jet_math test_attention; do
   "build/$test"
 done
 
+echo "cuda-check: the CUDA kernels on the host, in the tests of the kernels"
+FLATKERN_CUDA=emulated FLATKERN_BUILD=required python setup.py -q build_ext --build-lib build/cuda-emulated
+FLATKERN_LIBRARY="$PWD/build/cuda-emulated/flatkern/_C.so" FLATKERN_EMULATION_ORDER=warp-by-warp-backward \
+  python -m pytest tests/kernels -n "${WORKERS:-2}" --dist loadfile -m "not slow and not cpu_kernels"
+
 if ! command -v nvcc >/dev/null && [ ! -x "${CUDA_HOME:-/nonexistent}/bin/nvcc" ]; then
-  echo "cuda-check: nvcc was not found, so the CUDA kernels were NOT compiled (shared mathematics: passed)"
+  echo "cuda-check: nvcc was not found, so the CUDA kernels were NOT compiled for a GPU (on the host: passed)"
   exit 0
 fi
 

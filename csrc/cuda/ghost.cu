@@ -1,8 +1,6 @@
 // Squared norms of sum_t g_kt a_t^T: tiles of 64 x 64, four by four a thread, operands staged in shared
 // memory. A block takes tiles in turn and keeps one partial sum a cotangent; partial sums are joined in a
 // fixed order.
-#include <cuda_runtime.h>
-
 #include "ghost.h"
 #include "reduce.cuh"
 
@@ -149,21 +147,17 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <typename T>
 int ghost_norm(const GhostInput<T>& x, bool formed, std::int64_t blocks, double* partial, double* out,
-               void* stream_) {
-  const auto stream = static_cast<cudaStream_t>(stream_);
+               void* stream) {
   const std::int64_t n = x.a.samples.count(), lines = x.cotangents * n;
   if (lines == 0) return 0;
   if (x.positions == 0 || x.d_in == 0 || x.d_out == 0) {
-    return static_cast<int>(
-        cudaMemsetAsync(out, 0, static_cast<std::size_t>(lines) * sizeof(double), stream));
+    return static_cast<int>(cudaMemsetAsync(out, 0, static_cast<std::size_t>(lines) * sizeof(double),
+                                            static_cast<cudaStream_t>(stream)));
   }
   const int error = over_rows(formed ? lines : n, [&](std::int64_t begin, unsigned count) {
     const dim3 grid(static_cast<unsigned>(blocks), count);
-    if (formed) {
-      ghost_formed<T><<<grid, kThreads, 0, stream>>>(x, n, begin, partial);
-    } else {
-      ghost_gram<T><<<grid, kThreads, 0, stream>>>(x, n, begin, partial);
-    }
+    return launch_kernel(formed ? ghost_formed<T> : ghost_gram<T>, grid, kThreads, 0, stream, x, n, begin,
+                         partial);
   });
   return error ? error : join_partials(partial, blocks, lines, false, out, stream);
 }

@@ -1,6 +1,4 @@
 // Gram matrices in double and their statistics: up to 32 rows a warp a sample, up to 128 a block a sample.
-#include <cuda_runtime.h>
-
 #include "gram_factor.cuh"
 #include "kernels.h"
 #include "ldl.cuh"
@@ -121,7 +119,7 @@ __global__ void __launch_bounds__(32 * kWarps) gram_warp(Matrices<T> x, std::int
 template <typename T, int R>
 __global__ void __launch_bounds__(256) gram_block(Matrices<T> x, std::int64_t n, Output out) {
   constexpr int C = 16 * R, pitch = kDepth + 1;
-  extern __shared__ __align__(16) double shared[];
+  FLATKERN_DYNAMIC_SHARED(double, shared);
   __shared__ double sums[2][8];
   const int c = static_cast<int>(x.rows), tx = threadIdx.x % 16, ty = threadIdx.x / 16;
   const std::int64_t d = x.cols;
@@ -191,25 +189,20 @@ __global__ void __launch_bounds__(256) gram_block(Matrices<T> x, std::int64_t n,
 }
 
 template <typename T, int C>
-int launch_warp(const Matrices<T>& x, std::int64_t n, const Output& out, cudaStream_t stream) {
-  gram_warp<T, C><<<blocks_for((n + kWarps - 1) / kWarps), 32 * kWarps, 0, stream>>>(x, n, out);
-  return static_cast<int>(cudaGetLastError());
+int launch_warp(const Matrices<T>& x, std::int64_t n, const Output& out, void* stream) {
+  return launch_kernel(gram_warp<T, C>, blocks_for((n + kWarps - 1) / kWarps), 32 * kWarps, 0, stream, x, n,
+                       out);
 }
 
 template <typename T, int R>
-int launch_block(const Matrices<T>& x, std::int64_t n, const Output& out, cudaStream_t stream) {
+int launch_block(const Matrices<T>& x, std::int64_t n, const Output& out, void* stream) {
   const std::int64_t values = 16 * R * (kDepth + 1) + packed(x.rows, 0) + x.rows + 32;
-  const int bytes = static_cast<int>(values * sizeof(double));
-  const cudaError_t error =
-      cudaFuncSetAttribute(gram_block<T, R>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return static_cast<int>(error);
-  gram_block<T, R><<<blocks_for(n), 256, bytes, stream>>>(x, n, out);
-  return static_cast<int>(cudaGetLastError());
+  return launch_kernel(gram_block<T, R>, blocks_for(n), 256,
+                       static_cast<std::size_t>(values) * sizeof(double), stream, x, n, out);
 }
 
 template <typename T>
-int launch(const Matrices<T>& x, const Output& out, void* stream_) {
-  const auto stream = static_cast<cudaStream_t>(stream_);
+int launch(const Matrices<T>& x, const Output& out, void* stream) {
   const std::int64_t n = x.batch.count(), c = x.rows;
   if (n == 0) return 0;
   if (c <= 8) return launch_warp<T, 8>(x, n, out, stream);

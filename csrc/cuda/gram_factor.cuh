@@ -3,9 +3,8 @@
 // so nothing waits for the host.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include "../common/double_double.h"
+#include "launch.cuh"
 #include "ldl.cuh"
 
 namespace flatkern::cuda {
@@ -86,7 +85,7 @@ __device__ __forceinline__ double wide_ldl(double* high, double* low, const doub
 template <typename T>
 __global__ void __launch_bounds__(kFactorThreads)
     factor_block(Matrices<T> x, std::int64_t n, GramStatsOut out, double lost_below, double tolerance) {
-  extern __shared__ __align__(16) double shared[];
+  FLATKERN_DYNAMIC_SHARED(double, shared);
   const int c = static_cast<int>(x.rows), entries = static_cast<int>(packed(c, 0));
   double* high = shared;
   double* low = high + entries;
@@ -133,15 +132,10 @@ template <typename T>
 int factor_again(const Matrices<T>& x, const GramStatsOut& out, void* stream) {
   const std::int64_t n = x.batch.count(), c = x.rows;
   if (n == 0 || c == 0) return 0;
-  const std::int64_t values = 2 * packed(c, 0) + 2 * c + 32;
-  const int bytes = static_cast<int>(values * static_cast<std::int64_t>(sizeof(double)));
-  const cudaError_t error =
-      cudaFuncSetAttribute(factor_block<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return static_cast<int>(error);
+  const std::size_t bytes = static_cast<std::size_t>(2 * packed(c, 0) + 2 * c + 32) * sizeof(double);
   const double tolerance = gram_tolerance<T>(c, x.cols), least = lost_digits<T>();
-  factor_block<T><<<blocks_for(n), kFactorThreads, bytes, static_cast<cudaStream_t>(stream)>>>(
-      x, n, out, tolerance > least ? tolerance : least, lq_tolerance<T>(c));
-  return static_cast<int>(cudaGetLastError());
+  return launch_kernel(factor_block<T>, blocks_for(n), kFactorThreads, bytes, stream, x, n, out,
+                       tolerance > least ? tolerance : least, lq_tolerance<T>(c));
 }
 
 }  // namespace flatkern::cuda

@@ -1,8 +1,6 @@
 // Singular values and left singular vectors of the rows of small samples, a block a sample: the factor L of
 // the Gram matrix L L^T, in double, or where it has lost digits anew from the rows in double-double; then
 // rotations of L's rows until they are orthogonal. As many pairs of rows at a time as there are warps.
-#include <cuda_runtime.h>
-
 #include "../common/jacobi.h"
 #include "gram_factor.cuh"
 #include "kernels.h"
@@ -46,11 +44,7 @@ __device__ __forceinline__ bool rotate(const Room& room, int c, RowPair pair, do
   const Rotation by = rotation_of(sum_over_warp(aa), sum_over_warp(bb), sum_over_warp(ab), tolerance);
   if (!by.turns) return false;
   const auto turn = [&](double* x, double* y) {
-    for (int k = lane; k < c; k += 32) {
-      const double p = x[k], q = y[k];
-      x[k] = by.co * p - by.si * q;
-      y[k] = by.si * p + by.co * q;
-    }
+    for (int k = lane; k < c; k += 32) by.apply(x[k], y[k]);
   };
   turn(a, b);
   if (room.u) turn(room.u + pair.i * room.pitch, room.u + pair.j * room.pitch);
@@ -85,7 +79,7 @@ template <typename T>
 __global__ void __launch_bounds__(32 * kMostWarps, 1)
     spectrum_block(Matrices<T> x, std::int64_t n, double floor, const double* grams, double* values,
                    double* vectors) {
-  extern __shared__ __align__(16) double shared[];
+  FLATKERN_DYNAMIC_SHARED(double, shared);
   const int c = static_cast<int>(x.rows), entries = static_cast<int>(packed(c, 0));
   Room room;
   room.pitch = c | 1;
@@ -165,14 +159,9 @@ int gram_spectrum(const Matrices<T>& x, double floor, double* grams, double* val
   if (failed) return failed;
   const std::int64_t pairs = (c + 1) / 2, warps = pairs < kMostWarps ? pairs : kMostWarps;
   const std::int64_t numbers = 2 * packed(c, 0) + scratch_of(c) + (vectors ? 2 : 1) * c * (c | 1);
-  const int bytes = static_cast<int>(numbers * static_cast<std::int64_t>(sizeof(double)));
-  const cudaError_t error =
-      cudaFuncSetAttribute(spectrum_block<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return static_cast<int>(error);
-  spectrum_block<T>
-      <<<blocks_for(n), static_cast<unsigned>(32 * warps), bytes, static_cast<cudaStream_t>(stream)>>>(
-          x, n, floor, grams, values, vectors);
-  return static_cast<int>(cudaGetLastError());
+  return launch_kernel(spectrum_block<T>, blocks_for(n), static_cast<unsigned>(32 * warps),
+                       static_cast<std::size_t>(numbers) * sizeof(double), stream, x, n, floor, grams, values,
+                       vectors);
 }
 
 template int gram_spectrum<float>(const Matrices<float>&, double, double*, double*, double*, void*);

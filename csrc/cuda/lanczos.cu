@@ -1,7 +1,5 @@
 // The three-term step of Lanczos for several rows: two passes over the vectors, four launches, nothing on the
 // host. Sums are in double and in an order that depends on the shapes alone.
-#include <cuda_runtime.h>
-
 #include "kernels.h"
 #include "reduce.cuh"
 
@@ -51,22 +49,21 @@ std::int64_t lanczos_blocks(std::int64_t size) {
 template <typename T>
 int lanczos_step(std::int64_t rows, std::int64_t size, Strided<const T> image, Strided<const T> current,
                  Strided<const T> previous, const double* beta, Strided<T> residual, double* partial,
-                 double* alpha, double* norm, void* stream_) {
-  const auto stream = static_cast<cudaStream_t>(stream_);
+                 double* alpha, double* norm, void* stream) {
   const std::int64_t blocks = lanczos_blocks(size);
   int error = over_rows(rows, [&](std::int64_t begin, unsigned count) {
     const dim3 grid(static_cast<unsigned>(blocks), count);
-    row_dots<T><<<grid, kThreads, 0, stream>>>(size, current.from(begin), image.from(begin),
-                                               partial + begin * blocks);
+    return launch_kernel(row_dots<T>, grid, kThreads, 0, stream, size, current.from(begin), image.from(begin),
+                         partial + begin * blocks);
   });
   if (error != 0) return error;
   error = join_partials(partial, blocks, rows, false, alpha, stream);
   if (error != 0) return error;
   error = over_rows(rows, [&](std::int64_t begin, unsigned count) {
     const dim3 grid(static_cast<unsigned>(blocks), count);
-    three_term<T><<<grid, kThreads, 0, stream>>>(size, image.from(begin), current.from(begin),
-                                                 previous.from(begin), alpha + begin, beta + begin,
-                                                 residual.from(begin), partial + begin * blocks);
+    return launch_kernel(three_term<T>, grid, kThreads, 0, stream, size, image.from(begin),
+                         current.from(begin), previous.from(begin), alpha + begin, beta + begin,
+                         residual.from(begin), partial + begin * blocks);
   });
   if (error != 0) return error;
   return join_partials(partial, blocks, rows, true, norm, stream);

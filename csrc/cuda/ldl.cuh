@@ -130,9 +130,4 @@ __device__ __forceinline__ bool stage_triangle(const Matrices<T>& g, std::int64_
   return __syncthreads_and(finite);
 }
 
-// Blocks to launch: one a unit of work, up to what 2^16 - 1 can hold; the kernels stride over the rest.
-inline unsigned blocks_for(std::int64_t units) {
-  return static_cast<unsigned>(units < 65535 ? units : 65535);
-}
-
 }  // namespace flatkern::cuda

@@ -1,7 +1,5 @@
 // Rows of random numbers and dots with sign rows: the numbers of philox.h, so the same as on the CPU. Dots
 // are added up in an order that depends on the shapes alone.
-#include <cuda_runtime.h>
-
 #include "../common/philox.h"
 #include "kernels.h"
 #include "reduce.cuh"
@@ -86,8 +84,8 @@ int rademacher(std::uint64_t seed, std::uint64_t first, std::int64_t rows, std::
                void* stream) {
   return over_rows(rows, [&](std::int64_t begin, unsigned count) {
     const dim3 grid(static_cast<unsigned>(probe_blocks(size)), count);
-    rademacher_rows<T><<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-        seed, first + static_cast<std::uint64_t>(begin), size, out + begin * size);
+    return launch_kernel(rademacher_rows<T>, grid, kThreads, 0, stream, seed,
+                         first + static_cast<std::uint64_t>(begin), size, out + begin * size);
   });
 }
 
@@ -96,24 +94,23 @@ int normal(std::uint64_t seed, std::uint64_t first, std::int64_t rows, std::int6
            void* stream) {
   return over_rows(rows, [&](std::int64_t begin, unsigned count) {
     const dim3 grid(static_cast<unsigned>(probe_blocks(8 * size)), count);
-    normal_rows<T><<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-        seed, first + static_cast<std::uint64_t>(begin), size, out + begin * size);
+    return launch_kernel(normal_rows<T>, grid, kThreads, 0, stream, seed,
+                         first + static_cast<std::uint64_t>(begin), size, out + begin * size);
   });
 }
 
 template <typename T>
 int rademacher_dots(std::uint64_t seed, std::uint64_t first, std::int64_t batch, std::int64_t rows,
-                    std::int64_t size, const T* x, double* partial, double* out, void* stream_) {
-  const auto stream = static_cast<cudaStream_t>(stream_);
+                    std::int64_t size, const T* x, double* partial, double* out, void* stream) {
   const std::int64_t blocks = probe_blocks(size);
   // a launch never crosses a batch element: its rows start at `first` again
   for (std::int64_t b = 0; b < batch; ++b) {
     const std::int64_t line = b * rows;
     const int error = over_rows(rows, [&](std::int64_t begin, unsigned count) {
       const dim3 grid(static_cast<unsigned>(blocks), count);
-      sign_dots<T><<<grid, kThreads, 0, stream>>>(seed, first + static_cast<std::uint64_t>(begin), rows, size,
-                                                  x + (line + begin) * size,
-                                                  partial + (line + begin) * blocks);
+      return launch_kernel(sign_dots<T>, grid, kThreads, 0, stream, seed,
+                           first + static_cast<std::uint64_t>(begin), rows, size, x + (line + begin) * size,
+                           partial + (line + begin) * blocks);
     });
     if (error != 0) return error;
   }

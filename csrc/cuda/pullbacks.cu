@@ -1,6 +1,4 @@
 // Derivatives of log-determinants and of the statistics of Gram matrices.
-#include <cuda_runtime.h>
-
 #include "gram_factor.cuh"
 #include "kernels.h"
 
@@ -13,7 +11,7 @@ constexpr int kThreads = 256, kTile = 64, kDepth = 16;
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
     spd_pullback_block(Matrices<T> g, const T* weight, std::int64_t n, T* out) {
-  extern __shared__ __align__(16) unsigned char raw[];
+  FLATKERN_DYNAMIC_SHARED(unsigned char, raw);
   __shared__ bool usable;
   T* a = reinterpret_cast<T*>(raw);
   const int c = static_cast<int>(g.rows);
@@ -98,14 +96,9 @@ template <typename T>
 int spd_pullback(const Matrices<T>& g, const T* weight, T* out, void* stream) {
   const std::int64_t n = g.batch.count(), c = g.rows;
   if (n == 0 || c == 0) return 0;
-  const int bytes = static_cast<int>((packed(c, 0) + c + 32) * static_cast<std::int64_t>(sizeof(T)));
-  const cudaError_t error =
-      cudaFuncSetAttribute(spd_pullback_block<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return static_cast<int>(error);
+  const std::size_t bytes = static_cast<std::size_t>(packed(c, 0) + c + 32) * sizeof(T);
   const unsigned threads = c <= 32 ? 32 : c <= 64 ? 64 : kThreads;
-  spd_pullback_block<T>
-      <<<blocks_for(n), threads, bytes, static_cast<cudaStream_t>(stream)>>>(g, weight, n, out);
-  return static_cast<int>(cudaGetLastError());
+  return launch_kernel(spd_pullback_block<T>, blocks_for(n), threads, bytes, stream, g, weight, n, out);
 }
 
 template <typename T>
@@ -113,9 +106,7 @@ int gram_pullback(const Matrices<T>& x, const GramCotangents& g, T* out, void* s
   const std::int64_t across = (x.cols + kTile - 1) / kTile, down = (x.rows + kTile - 1) / kTile;
   const std::int64_t units = x.batch.count() * across * down;
   if (units == 0) return 0;
-  gram_pullback_tiles<T>
-      <<<blocks_for(units), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(x, g, units, out);
-  return static_cast<int>(cudaGetLastError());
+  return launch_kernel(gram_pullback_tiles<T>, blocks_for(units), kThreads, 0, stream, x, g, units, out);
 }
 
 #define FLATKERN_INSTANTIATE(T)                                          \

@@ -1,13 +1,13 @@
 // Sums in a fixed order: within a block, and over the partial sums of a row.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <cstdint>
+
+#include "launch.cuh"
 
 namespace flatkern::cuda {
 
-constexpr std::int64_t kMaxPartials = 1024;
+constexpr std::int64_t kMaxPartials = most_blocks(1024);
 
 // The sum over all threads, valid in thread 0; ends with every thread past its use of the shared room.
 template <int threads>
@@ -38,22 +38,20 @@ __global__ void __launch_bounds__(threads)
 
 // out[row] = the sum (or its root) of the row's partial sums.
 inline int join_partials(const double* partial, std::int64_t blocks, std::int64_t rows, bool root,
-                         double* out, cudaStream_t stream) {
-  if (rows > 0) {
-    join_partials_kernel<128><<<static_cast<unsigned>(rows), 128, 0, stream>>>(partial, blocks, root, out);
-  }
-  return static_cast<int>(cudaGetLastError());
+                         double* out, void* stream) {
+  if (rows == 0) return 0;
+  return launch_kernel(join_partials_kernel<128>, static_cast<unsigned>(rows), 128, 0, stream, partial,
+                       blocks, root, out);
 }
 
-// Launches for rows in the second dimension of the grid, which ends at 65,535.
+// Launches for rows in the second dimension of the grid, which ends at 65,535. `launch` returns its error.
 template <typename F>
 int over_rows(std::int64_t rows, const F& launch) {
-  constexpr std::int64_t kMost = 65535;
+  constexpr std::int64_t kMost = most_blocks(65535);
   for (std::int64_t begin = 0; begin < rows; begin += kMost) {
     const std::int64_t left = rows - begin;
-    launch(begin, static_cast<unsigned>(left < kMost ? left : kMost));
-    const cudaError_t error = cudaGetLastError();
-    if (error != cudaSuccess) return static_cast<int>(error);
+    const int error = launch(begin, static_cast<unsigned>(left < kMost ? left : kMost));
+    if (error != 0) return error;
   }
   return 0;
 }

@@ -1,9 +1,8 @@
 // Cross-entropy with its terms along tangents, those of norms, and the second-order term of softmax: a block
 // a row (rows strided over the grid), sums by shuffles and one word a warp of shared memory. A row is read
 // again for every pass, from the caches where it fits; four passes over a tangent's row at most.
-#include <cuda_runtime.h>
-
 #include "jets.h"
+#include "launch.cuh"
 
 namespace flatkern::cuda {
 namespace {
@@ -178,10 +177,7 @@ int launch(void (*kernel)(Args), const Args& args, void* stream) {
   if (args.rows == 0 || args.cols == 0) return 0;
   const std::int64_t whole = (args.cols + 31) / 32 * 32;
   const unsigned threads = static_cast<unsigned>(whole < kMostThreads ? whole : kMostThreads);
-  const std::int64_t most = 1 << 20;
-  const unsigned blocks = static_cast<unsigned>(args.rows < most ? args.rows : most);
-  kernel<<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(args);
-  return static_cast<int>(cudaGetLastError());
+  return launch_kernel(kernel, blocks_for(args.rows), threads, 0, stream, args);
 }
 
 }  // namespace

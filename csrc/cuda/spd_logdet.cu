@@ -1,7 +1,6 @@
 // Log-determinants: up to 32 rows a group of lanes a sample, up to 128 a block a sample.
-#include <cuda_runtime.h>
-
 #include "kernels.h"
+#include "launch.cuh"
 #include "ldl.cuh"
 
 namespace flatkern::cuda {
@@ -47,7 +46,7 @@ __global__ void __launch_bounds__(32 * kWarps) spd_logdet_lanes(Matrices<T> g, s
 
 template <typename T>
 __global__ void __launch_bounds__(256) spd_logdet_block(Matrices<T> g, std::int64_t n, T* out) {
-  extern __shared__ __align__(16) unsigned char raw[];
+  FLATKERN_DYNAMIC_SHARED(unsigned char, raw);
   T* a = reinterpret_cast<T*>(raw);
   const int c = static_cast<int>(g.rows);
   T* scratch = a + packed(c, 0);
@@ -61,17 +60,16 @@ __global__ void __launch_bounds__(256) spd_logdet_block(Matrices<T> g, std::int6
 }
 
 template <typename T, int C>
-int launch_lanes(const Matrices<T>& g, std::int64_t n, T* out, cudaStream_t stream) {
+int launch_lanes(const Matrices<T>& g, std::int64_t n, T* out, void* stream) {
   constexpr int per_block = kWarps * (32 / C);
-  spd_logdet_lanes<T, C><<<blocks_for((n + per_block - 1) / per_block), 32 * kWarps, 0, stream>>>(g, n, out);
-  return static_cast<int>(cudaGetLastError());
+  return launch_kernel(spd_logdet_lanes<T, C>, blocks_for((n + per_block - 1) / per_block), 32 * kWarps, 0,
+                       stream, g, n, out);
 }
 
 }  // namespace
 
 template <typename T>
-int spd_logdet(const Matrices<T>& g, T* out, void* stream_) {
-  const auto stream = static_cast<cudaStream_t>(stream_);
+int spd_logdet(const Matrices<T>& g, T* out, void* stream) {
   const std::int64_t n = g.batch.count(), c = g.rows;
   if (n == 0) return 0;
   if (c <= 4) return launch_lanes<T, 4>(g, n, out, stream);
@@ -79,11 +77,7 @@ int spd_logdet(const Matrices<T>& g, T* out, void* stream_) {
   if (c <= 16) return launch_lanes<T, 16>(g, n, out, stream);
   if (c <= 32) return launch_lanes<T, 32>(g, n, out, stream);
   const std::size_t bytes = static_cast<std::size_t>(packed(c, 0) + c + 32) * sizeof(T);
-  const cudaError_t error = cudaFuncSetAttribute(
-      spd_logdet_block<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  if (error != cudaSuccess) return static_cast<int>(error);
-  spd_logdet_block<T><<<blocks_for(n), 256, bytes, stream>>>(g, n, out);
-  return static_cast<int>(cudaGetLastError());
+  return launch_kernel(spd_logdet_block<T>, blocks_for(n), 256, bytes, stream, g, n, out);
 }
 
 template int spd_logdet<float>(const Matrices<float>&, float*, void*);

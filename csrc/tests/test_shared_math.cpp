@@ -170,9 +170,10 @@ void rotations() {
       const double ab = a[0] * b[0], bb = b[0] * b[0] + b[1] * b[1];
       const flatkern::Rotation by = flatkern::rotation_of(1, bb, ab, flatkern::jacobi_tolerance(2));
       EXPECT(by.turns);
-      double p[2], q[2];
-      for (int k = 0; k < 2; ++k) p[k] = by.co * a[k] - by.si * b[k], q[k] = by.si * a[k] + by.co * b[k];
-      EXPECT_NEAR(by.co * by.co + by.si * by.si, 1, 1e-15);
+      double p[2] = {a[0], a[1]}, q[2] = {b[0], b[1]};
+      for (int k = 0; k < 2; ++k) by.apply(p[k], q[k]);
+      const double co = 1 - by.si * by.tau;
+      EXPECT_NEAR(co * co + by.si * by.si, 1, 1e-15);
       EXPECT_NEAR((p[0] * q[0] + p[1] * q[1]) / (std::hypot(p[0], p[1]) * std::hypot(q[0], q[1])), 0, 1e-12);
     }
   }

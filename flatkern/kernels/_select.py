@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 PACKAGE = Path(__file__).resolve().parent.parent
-LIBRARY = PACKAGE / "_C.so"
+LIBRARY = Path(os.environ.get("FLATKERN_LIBRARY", "") or PACKAGE / "_C.so")
+"""The operators; `FLATKERN_LIBRARY` names another build of them (the tests of the CUDA kernels on the host)."""
 MAX_SIZE = 128
 """Rows up to which the compiled kernels work; larger matrices take the PyTorch composition."""
 

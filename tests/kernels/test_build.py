@@ -16,6 +16,7 @@ import flatkern
 from flatkern.kernels._select import LIBRARY, compiled_available
 
 ROOT = Path(flatkern.__file__).resolve().parent.parent
+pytestmark = pytest.mark.cpu_kernels
 in_tree = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not run from the source tree")
 
 

@@ -322,6 +322,7 @@ def test_the_gradient_of_a_network_in_its_inputs():
 
 
 # -- the NumPy door, memory, threads, refusals
+@pytest.mark.cpu_kernels
 @dtypes
 @each_form
 def test_numpy(dtype, form):
@@ -346,6 +347,7 @@ def test_numpy(dtype, form):
         native.ghost_norm(np.ones((3, 2)), np.ones((4, 2)))
 
 
+@pytest.mark.cpu_kernels
 @pytest.mark.skipif(not compiled_available(), reason="no compiled kernels")
 @each_form
 def test_memory_does_not_grow_with_the_sizes(form):

@@ -172,6 +172,7 @@ def test_refusals(change, error, message):
         kernels.lanczos_step(**given)
 
 
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_native(dtype, threads):

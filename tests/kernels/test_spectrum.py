@@ -54,6 +54,7 @@ def test_a_small_value_is_found_although_the_gram_has_lost_it(which, c, least):
     torch.testing.assert_close(got, S, rtol=1e-14 / least + 1e-9, atol=0)
 
 
+@pytest.mark.cpu_kernels
 @both
 @pytest.mark.parametrize("c", [3, 12, 70])
 def test_not_precise_leaves_small_values_to_the_gram(which, c):
