@@ -16,11 +16,11 @@ SOURCES     := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o
 # a failed build of the compiled side is an error here, never a silent fall-back
 export FLATKERN_BUILD := required
 
-.PHONY: setup demo test test-all test-sanitize lint format bench peers docs docs-setup cuda-check wheel-check clean help
+.PHONY: setup demo test test-all test-sanitize lint format bench peers docs docs-setup cuda-check gpu-check wheel-check clean help
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^#   //p' Makefile; echo "also: setup test-all test-sanitize lint format bench peers docs-setup cuda-check wheel-check clean"
+	@sed -n 's/^#   //p' Makefile; echo "also: setup test-all test-sanitize lint format bench peers docs-setup cuda-check gpu-check wheel-check clean"
 
 $(VENV)/.deps: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "flatkern needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'
@@ -90,6 +90,10 @@ bench: setup
 
 cuda-check: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash csrc/cuda/check.sh
+
+# on a machine with a GPU, in an environment of its own (PYTHON) with torch for CUDA, nvcc, ninja and pytest
+gpu-check:
+	PYTHON="$(PYTHON)" bash csrc/cuda/gpu_check.sh
 
 # one wheel in fresh environments with each of these torches, built beside the first; not in CI: 5 GB for the second
 wheel-check:

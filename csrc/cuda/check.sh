@@ -20,8 +20,10 @@ done
 
 echo "cuda-check: the CUDA kernels on the host, in the tests of the kernels"
 FLATKERN_CUDA=emulated FLATKERN_BUILD=required python setup.py -q build_ext --build-lib build/cuda-emulated
-FLATKERN_LIBRARY="$PWD/build/cuda-emulated/flatkern/_C.so" FLATKERN_EMULATION_ORDER=warp-by-warp-backward \
+on_host() { FLATKERN_LIBRARY="$PWD/build/cuda-emulated/flatkern/_C.so" "$@"; }
+FLATKERN_EMULATION_ORDER=warp-by-warp-backward on_host \
   python -m pytest tests/kernels -n "${WORKERS:-2}" --dist loadfile -m "not slow and not cpu_kernels"
+on_host python -m benchmarks.bench_gpu --device cpu --quick --output build/gpu-quick >/dev/null  # does it run
 
 if ! command -v nvcc >/dev/null && [ ! -x "${CUDA_HOME:-/nonexistent}/bin/nvcc" ]; then
   echo "cuda-check: nvcc was not found, so the CUDA kernels were NOT compiled for a GPU (on the host: passed)"

@@ -165,8 +165,9 @@ void compare_with_plain_loops(const Kernels& kernels, int c, double tolerance) {
   }
 }
 
-// Diagonal rows with known singular values, turned by rotations on both sides; the least one may be tiny.
-std::vector<double> rows_of(const std::vector<double>& values, int d, unsigned seed) {
+// Diagonal rows with known singular values, turned by rotations on both sides, or left orthogonal; the least
+// one may be tiny.
+std::vector<double> rows_of(const std::vector<double>& values, int d, unsigned seed, bool orthogonal) {
   const int c = static_cast<int>(values.size());
   std::vector<double> x(count(c, d));
   for (int i = 0; i < c; ++i) x[count(i, d) + count(i)] = values[count(i)];
@@ -181,7 +182,7 @@ std::vector<double> rows_of(const std::vector<double>& values, int d, unsigned s
       a = turned;
     }
   }
-  for (int i = 1; i < c; ++i) {
+  for (int i = 1; i < c && !orthogonal; ++i) {
     const double co = std::cos(angles[count(d + i)]), si = std::sin(angles[count(d + i)]);
     for (int k = 0; k < d; ++k) {
       double& a = x[count(i - 1, d) + count(k)];
@@ -201,8 +202,11 @@ void spectra_and_lost_digits(const Kernels& kernels, int c) {
   for (int s = 0; s < n; ++s) {
     std::vector<double> values(count(c));
     for (int i = 0; i < c; ++i) values[count(i)] = std::pow(2.0, -i % 7) * (1 + 0.1 * s);
+    // lost in the Gram matrix, as its pivots say; or as only its eigenvalues do, since the rows are
+    // orthogonal
     if (s % 3 == 1) values[count(c - 1)] = 1e-9;
-    const std::vector<double> x = rows_of(values, d, static_cast<unsigned>(s));
+    if (s % 3 == 2) values[count(c - 1)] = 1e-7;
+    const std::vector<double> x = rows_of(values, d, static_cast<unsigned>(s), s % 3 == 2);
     all.insert(all.end(), x.begin(), x.end());
     std::sort(values.begin(), values.end(), [](double a, double b) { return a > b; });
     spectra.push_back(values);

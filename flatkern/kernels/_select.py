@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -106,9 +107,24 @@ def runs_compiled(x: Tensor, *, cuda: bool = True, limit: float = MAX_SIZE) -> b
 
     `cuda`: whether the operator has a CUDA kernel; `limit`: the most rows it takes.
     """
-    if x.shape[-2] > limit or (x.device.type == "cuda" and not cuda):
+    rows = x.shape[-2]
+    if rows > limit or (x.device.type == "cuda" and not (cuda and rows <= _rows_on(x.device))):
         return False
     return runs_compiled_rows(x.device)
+
+
+def rows_that_fit(shared_bytes: int) -> int:
+    """Up to how many rows the CUDA kernels' factorizations fit a block's shared memory.
+
+    The largest holds a triangle in numbers of twice the precision, 2 c + 32 more, and nothing else.
+    """
+    return max(c for c in range(MAX_SIZE + 1) if 8 * (c * (c + 1) + 2 * c + 32) <= shared_bytes or c == 0)
+
+
+@cache
+def _rows_on(device: torch.device) -> int:
+    # a block may ask for all that a multiprocessor has but the 1 KiB that the system keeps for itself
+    return rows_that_fit(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor - 1024)
 
 
 def runs_compiled_rows(device: torch.device) -> bool:

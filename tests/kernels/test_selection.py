@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flatkern import kernels
-from flatkern.kernels._select import _state, compiled_available, environment_choice, using
+from flatkern.kernels._select import _state, compiled_available, environment_choice, rows_that_fit, using
 
 built = pytest.mark.skipif(not compiled_available(), reason="no compiled kernels")
 
@@ -104,3 +104,12 @@ def test_using_restores_on_errors():
     with pytest.raises(RuntimeError, match="inside"), using("reference"):
         raise RuntimeError("inside")
     assert _state.compiled == before
+
+
+@pytest.mark.parametrize(
+    ("device", "kib", "rows"), [("H100", 227, 128), ("A100", 163, 128), ("RTX 4090", 99, 110)]
+)
+def test_rows_that_fit_the_shared_memory_of_a_gpu(device, kib, rows):
+    assert rows_that_fit(kib << 10) == rows, device
+    needed = 8 * (rows * (rows + 1) + 2 * rows + 32)
+    assert needed <= kib << 10
