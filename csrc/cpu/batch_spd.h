@@ -3,6 +3,7 @@
 
 #include <stdlib.h>
 
+#include "elements.h"
 #include "kernels.h"
 #include "ldl.h"
 #include "spd_inverse.h"
@@ -145,25 +146,60 @@ void spd_logdet(const Matrices<T>& g, std::int64_t begin, std::int64_t end, T* o
   }
 }
 
+// Bytes of matrices from which stores pass the caches by: those of several samples at once are too many
+// streams for the processor to fetch ahead the lines that they overwrite.
+constexpr std::int64_t kManyMatrices = 4ll << 20;
+
+// Matrices of a group of samples before they go past the caches. Where they lie a power of two apart, in few
+// sets of the cache, they are spread by a vector each.
+template <typename T>
+struct Staged {
+  std::int64_t square, pitch;
+
+  explicit FLATKERN_INLINE Staged(std::int64_t c)
+      : square(c * c), pitch(square * sizeof(T) % 1024 == 0 ? square + Simd<T>::width : square) {}
+
+  FLATKERN_INLINE std::int64_t vectors() const { return pitch; }
+
+  // `to` is a multiple of a vector's size, and so is every spread matrix.
+  FLATKERN_INLINE void stream_to(T* to, const T* from, std::int64_t count) const {
+    const bool spread = pitch != square;
+    const std::int64_t runs = spread ? count : 1, length = spread ? square : count * square;
+    for (std::int64_t r = 0; r < runs; ++r) {
+      const T* row = from + r * pitch;
+      std::int64_t k = 0;
+      for (; k + Simd<T>::width <= length; k += Simd<T>::width)
+        stream<T>(to + r * length + k, load<T>(row + k));
+      for (; k < length; ++k) to[r * length + k] = row[k];
+    }
+  }
+};
+
 // weight[n] times the inverse: the derivative of the log-determinants. Where a matrix is not numerically
 // positive definite, or not finite, there is none: zeros where the weight is zero, else NaN.
 template <typename T>
 void spd_pullback(const Matrices<T>& g, const T* weight, std::int64_t begin, std::int64_t end, T* out) {
   const int c = static_cast<int>(g.rows);
-  const Workspace<V<T>> room(ldl_vectors(c) + inverse_vectors(c));
+  const Staged<T> stage(c);
+  const std::int64_t square = stage.square;
+  const bool many = g.batch.count() * square * static_cast<std::int64_t>(sizeof(T)) >= kManyMatrices;
+  const Workspace<V<T>> room(ldl_vectors(c) + inverse_vectors(c) + stage.vectors());
   V<T>* a = room.get();
   V<T>* inverse = a + packed(c, 0);
   V<T>* m = a + ldl_vectors(c);
+  T* staged = reinterpret_cast<T*>(m + inverse_vectors(c));
   const T tolerance = spd_tolerance<T>(c);
   for (std::int64_t first = begin; first < end; first += Simd<T>::width) {
     const T* sample[Simd<T>::width];
     T* to[Simd<T>::width];
     T weights[Simd<T>::width];
     const int lanes = take_samples(g, first, end, sample);
+    T* const group = out + first * square;
+    const bool past = many && reinterpret_cast<std::uintptr_t>(group) % sizeof(V<T>) == 0;
     for (int s = 0; s < Simd<T>::width; ++s) {
-      const std::int64_t n = first + (s < lanes ? s : lanes - 1);
-      to[s] = out + n * c * c;
-      weights[s] = weight[n];
+      const std::int64_t at = s < lanes ? s : lanes - 1;
+      to[s] = past ? staged + at * stage.pitch : group + at * square;
+      weights[s] = weight[first + at];
     }
     prefetch_next(g, first, end);
     const V<T> bad = load_lower<T>(sample, c, g.row_stride, g.col_stride, a);
@@ -173,7 +209,9 @@ void spd_pullback(const Matrices<T>& g, const T* weight, std::int64_t begin, std
     const V<T> w = load<T>(weights);
     const V<T> scale = usable ? w : (w == T(0) ? V<T>{} : broadcast(T(__builtin_nan(""))));
     store_inverse<T>(a, c, inverse, usable, scale, m, to);
+    if (past) stage.stream_to(group, staged, lanes);
   }
+  if (many) stream_end();
 }
 
 }  // namespace flatkern::cpu::FLATKERN_ISA

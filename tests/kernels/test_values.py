@@ -182,3 +182,29 @@ def test_every_size(which, dtype, c):
     with using(which):
         stats = kernels.gram_stats(x)
     torch.testing.assert_close(stats.logdet, oracle_rows_logdet(x), rtol=0, atol=1e-11 * (c + 1))
+
+
+@both
+@dtypes
+@pytest.mark.parametrize("c", [3, 10, 16, 40])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_derivatives_past_the_caches_are_those_of_few_samples(which, dtype, c, threads):
+    """Large results are stored in another way; an odd number of samples leaves a group unfilled."""
+    n = (4 << 20) // (c * c * dtype.itemsize) // 16 * 16 + 21
+    G, weight = spd(7, c, 10.0, dtype).repeat(n // 7 + 1, 1, 1)[:n], torch.randn(n, dtype=dtype)
+    before = torch.get_num_threads()
+
+    def derivative(part: slice) -> torch.Tensor:
+        leaf = G[part].clone().requires_grad_()
+        return torch.autograd.grad(kernels.spd_logdet(leaf), leaf, weight[part])[0]
+
+    with using(which):
+        torch.set_num_threads(threads)
+        try:
+            whole = derivative(slice(0, n))
+        finally:
+            torch.set_num_threads(before)
+        halves = [derivative(slice(0, n // 2)), derivative(slice(n // 2, n))]
+    torch.testing.assert_close(
+        whole, torch.cat(halves), rtol=1e-4 if dtype == torch.float32 else 1e-12, atol=0
+    )
