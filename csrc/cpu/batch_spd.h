@@ -33,6 +33,32 @@ inline __attribute__((always_inline)) std::int64_t ldl_vectors(std::int64_t c) {
   return packed(c, 0) + c + 4 * c;
 }
 
+// load_lower for c x c < tile x tile numbers that lie side by side, which are read as tiles of one long row.
+template <typename T, int c>
+FLATKERN_INLINE V<T> load_lower_flat(const T* const* sample, V<T>* __restrict a) {
+  constexpr int tile = Simd<T>::tile, count = c * c;
+  static_assert(count >= tile);
+  const V<T> zero = {};
+  V<T> bad = {}, all[count];
+#pragma GCC unroll 4
+  for (int e = 0; e < count; e += tile) {
+    const int first = e + tile <= count ? e : count - tile;
+    V<T> t[tile];
+    load_tile<T>(sample, first, t);
+#pragma GCC unroll 4
+    for (int k = 0; k < tile; ++k) all[first + k] = t[k];
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < c; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j <= i; ++j) {
+      a[packed(i, j)] = all[i * c + j];
+      bad += all[i * c + j] * zero;
+    }
+  }
+  return bad;
+}
+
 // Fills `a` with the packed lower triangles of the samples. Lane by lane the result is 0 where every element
 // is finite and NaN where one is not.
 template <typename T>
@@ -41,6 +67,10 @@ FLATKERN_INLINE V<T> load_lower(const T* const* sample, int c, std::int64_t row_
   constexpr int tile = Simd<T>::tile;
   const V<T> zero = {};
   V<T> bad = {};
+  if (c < tile && col_stride == 1 && row_stride == c) {
+    if (c == 2) return load_lower_flat<T, 2>(sample, a);
+    if (c == 3) return load_lower_flat<T, 3>(sample, a);
+  }
   if (c >= tile && col_stride == 1) {
     for (int i = 0; i < c; ++i) {
       V<T>* row = a + packed(i, 0);
@@ -112,6 +142,12 @@ FLATKERN_INLINE int take_samples(const Matrices<T>& m, std::int64_t first, std::
                                  const T** sample) {
   constexpr int width = Simd<T>::width;
   const int lanes = end - first < width ? static_cast<int>(end - first) : width;
+  if (m.batch.dims == 1 && lanes == width) {
+    const std::int64_t stride = m.batch.stride[0];
+    const T* from = m.data + first * stride;
+    for (int s = 0; s < width; ++s) sample[s] = from + s * stride;
+    return lanes;
+  }
   for (int s = 0; s < width; ++s) sample[s] = m.sample(first + (s < lanes ? s : lanes - 1));
   return lanes;
 }
@@ -120,12 +156,12 @@ FLATKERN_INLINE int take_samples(const Matrices<T>& m, std::int64_t first, std::
 template <typename T>
 FLATKERN_INLINE void prefetch_next(const Matrices<T>& m, std::int64_t first, std::int64_t end) {
   constexpr int width = Simd<T>::width;
-  constexpr std::int64_t line = 64, most = 256;
+  constexpr std::int64_t line = 64, most = 1024;
   const std::int64_t step = m.batch.dims == 1 ? m.batch.stride[0] * static_cast<std::int64_t>(sizeof(T)) : 0;
   if (first + 2 * width > end || step <= 0) return;
   const char* next = reinterpret_cast<const char*>(m.data) + (first + width) * step;
   const std::int64_t lines = width * step / line;
-  for (std::int64_t k = 0; k < (lines < most ? lines : most); ++k) __builtin_prefetch(next + k * line, 0, 3);
+  for (std::int64_t k = 0; k < (lines < most ? lines : most); ++k) __builtin_prefetch(next + k * line, 0, 2);
 }
 
 template <typename T>
