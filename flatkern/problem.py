@@ -272,7 +272,7 @@ def check_input(x: Tensor, *, differentiable: bool, name: str = "x") -> None:
     if differentiable and not x.is_floating_point():
         raise TypeError(
             f"{name}: dtype {x.dtype} has no gradient, so there is no input Jacobian; convert it (x.float()), or "
-            "for token ids measure from the embedding's output on"
+            "for token ids measure from the embedding's output on (fk.geometry(..., source=the module behind it))"
         )
     if x.is_floating_point() and not all_finite(x):
         raise ValueError(f"{name}: it holds NaN or Inf")
