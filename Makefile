@@ -91,7 +91,7 @@ bench: setup
 cuda-check: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash csrc/cuda/check.sh
 
-# on a machine with a GPU, in an environment of its own (PYTHON) with torch for CUDA, nvcc, ninja and pytest
+# on a machine with a GPU, in an environment of its own (PYTHON); csrc/cuda/gpu_check.sh says what it needs
 gpu-check:
 	PYTHON="$(PYTHON)" bash csrc/cuda/gpu_check.sh
 

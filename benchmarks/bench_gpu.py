@@ -1,6 +1,6 @@
-"""Every CUDA kernel against torch on the same GPU, and against the time that its memory traffic takes at copy speed.
+"""CUDA kernels against torch on the same GPU, and against the time that their memory traffic takes at copy speed.
 
-``python -m benchmarks.bench_gpu --output FOLDER`` writes gpu.json and gpu.md there (`make gpu-check` runs it last).
+``python -m benchmarks.bench_gpu --output FOLDER`` writes gpu.json and gpu.md there (`make gpu-check` runs it).
 CUDA events around calls in turns after a warm-up, medians. ``--device cpu --quick`` runs the same calls where there is
 no GPU, which shows that the script works and nothing else.
 """
@@ -10,9 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ class Case:
     other: Call
     against: str
     bytes: int = 0
+    queued: bool = True
+    """Whether the GPU is kept busy until the call has been dispatched, so that the time is that of its kernels."""
 
 
 class Device:
@@ -55,28 +58,33 @@ class Device:
         """Standard normal numbers."""
         return torch.randn(*shape, dtype=dtype, device=self.name, generator=self.generator)
 
-    def milliseconds(self, call: Call) -> float:
+    def milliseconds(self, call: Call, queued: bool = True) -> float:
         """Of one call, by events on the current stream."""
         if self.name == "cpu":
             begun = time.perf_counter()
             call()
             return 1e3 * (time.perf_counter() - begun)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if queued:
+            torch.cuda._sleep(400_000)  # clock cycles: some 200 us
         begin.record()
         call()
         end.record()
         end.synchronize()
         return begin.elapsed_time(end)
 
-    def medians(self, calls: dict[str, Call], rounds: int) -> dict[str, float]:
-        """Median milliseconds of each call, taken in turns after a warm-up."""
+    def medians(self, calls: dict[str, Call], rounds: int, queued: bool = True) -> dict[str, float]:
+        """Median milliseconds of each call, taken in turns after a warm-up; fewer rounds once a row has taken 2 s."""
         for call in calls.values():
             for _ in range(1 if self.quick else 3):
                 call()
         times: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(rounds):
+        begun = time.perf_counter()
+        for done in range(rounds):
+            if done >= 3 and time.perf_counter() - begun > 2:
+                break
             for name, call in calls.items():
-                times[name].append(self.milliseconds(call))
+                times[name].append(self.milliseconds(call, queued))
         return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -87,7 +95,7 @@ def short(dtype: torch.dtype) -> str:
 def matrices(on: Device) -> Iterator[Case]:
     for dtype in (torch.float32, torch.float64):
         for c in (4, 10, 32, 64, 128):
-            n, size = on.count(4_000_000 // c**2), dtype.itemsize
+            n, size = on.count(64_000_000 // c**2), dtype.itemsize
             rows = on.normal(n, c, 2 * c, dtype=dtype)
             G = rows @ rows.mT
             yield Case(
@@ -115,6 +123,8 @@ def matrices(on: Device) -> Iterator[Case]:
             n * c * d * 4,
         )
         if c <= 64:
+            if c > 32:  # torch before 2.12 takes such matrices one by one
+                n, x = max(2, n // 16), x[: max(2, n // 16)]
             yield Case(
                 f"gram_singular_values float32 c={c} d={d} n={n}",
                 lambda x=x: kernels.gram_singular_values(x),
@@ -255,7 +265,7 @@ def whole_calls(on: Device) -> Iterator[Case]:
         ("geometry, the same", lambda: fk.geometry(model, x[:256])),
     ):
         own, reference = both(call)
-        yield Case(what, own, reference, "flatkern's PyTorch reference")
+        yield Case(what, own, reference, "flatkern's PyTorch reference", queued=False)
 
 
 def copying(on: Device, rounds: int) -> tuple[float, int]:
@@ -265,26 +275,34 @@ def copying(on: Device, rounds: int) -> tuple[float, int]:
     return on.medians({"copy": lambda: to.copy_(source)}, rounds)["copy"], 2 * 4 * source.numel()
 
 
-def measure(on: Device, rounds: int) -> list[dict[str, Any]]:
+def measure(on: Device, rounds: int) -> Iterator[dict[str, Any]]:
+    """The rows, one by one; a call that fails leaves its error in its row."""
     copy_ms, moved = copying(on, rounds)
     speed = moved / copy_ms  # bytes read and written a millisecond
-    rows: list[dict[str, Any]] = [{"what": "copy", "own_ms": copy_ms, "gb_per_s": speed / 1e6}]
+    yield {"what": "copy", "own_ms": copy_ms, "gb_per_s": speed / 1e6}
     for group in (matrices, elements, attention_and_ghosts, whole_calls):
-        for case in group(on):
-            times = on.medians({"own": case.own, "other": case.other}, rounds)
-            row = {key: value for key, value in asdict(case).items() if key not in ("own", "other")}
-            row |= {
-                "own_ms": times["own"],
-                "other_ms": times["other"],
-                "ratio": times["other"] / times["own"],
-            }
-            row["of_copy_speed"] = case.bytes / speed / times["own"] if case.bytes else None
-            rows.append(row)
-            print(line(row), flush=True)
-    return rows
+        try:
+            for case in group(on):
+                row: dict[str, Any] = {"what": case.what, "against": case.against, "bytes": case.bytes}
+                try:
+                    times = on.medians({"own": case.own, "other": case.other}, rounds, case.queued)
+                except Exception as error:
+                    yield row | {"error": f"{type(error).__name__}: {error}"}
+                    continue
+                row |= {
+                    "own_ms": times["own"],
+                    "other_ms": times["other"],
+                    "ratio": times["other"] / times["own"],
+                }
+                yield row | {"of_copy_speed": case.bytes / speed / times["own"] if case.bytes else None}
+        except Exception as error:
+            yield {"what": group.__name__, "error": f"{type(error).__name__}: {error}"}
 
 
 def line(row: dict[str, Any]) -> str:
+    """Of the table."""
+    if "error" in row:
+        return f"| {row['what']} | failed: {row['error'].splitlines()[0]} | | | |"
     part = f"{100 * row['of_copy_speed']:.0f} %" if row.get("of_copy_speed") else ""
     other = f"{row['other_ms']:.3f} ({row['against']})"
     return f"| {row['what']} | {row['own_ms']:.3f} | {other} | {row['ratio']:.2f} | {part} |"
@@ -298,21 +316,24 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, two rounds: does the script work")
     args = parser.parse_args()
     on = Device(args.device, args.quick)
-    device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu: no figures"
-    rows = measure(on, 2 if args.quick else args.rounds)
+    device = torch.cuda.get_device_name(args.device) if args.device != "cpu" else "cpu: no figures"
     args.output.mkdir(parents=True, exist_ok=True)
-    result = {"device": device, "environment": environment(), "rows": rows}
-    (args.output / "gpu.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    table = [
-        f"{device}, {result['environment']['date']}, commit {result['environment']['commit']}, "
-        f"torch {torch.__version__}; copy {rows[0]['gb_per_s']:.0f} GB/s",
-        "",
-        "| call | kernel, ms | torch, ms | ratio | of copy speed |",
-        "| --- | --- | --- | --- | --- |",
-        *(line(row) for row in rows[1:]),
-    ]
-    (args.output / "gpu.md").write_text("\n".join(table) + "\n", encoding="utf-8")
-    print(f"written: {args.output}/gpu.json, gpu.md")
+    result: dict[str, Any] = {"device": device, "environment": environment(), "rows": []}
+    here = result["environment"]
+    about = f"{device}, {here['date']}, commit {here['commit']}, torch {here['torch']}"
+    head = "| call | kernel, ms | torch, ms | ratio | of copy speed |\n| --- | --- | --- | --- | --- |"
+    for row in measure(
+        on, 2 if args.quick else args.rounds
+    ):  # written after every row: the run may be cut off
+        result["rows"].append(row)
+        rows = result["rows"]
+        table = [f"{about}; copy {rows[0]['gb_per_s']:.0f} GB/s", "", head, *(line(r) for r in rows[1:])]
+        (args.output / "gpu.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        (args.output / "gpu.md").write_text("\n".join(table) + "\n", encoding="utf-8")
+        if len(rows) > 1:
+            print(line(row), flush=True)
+    if failed := sum("error" in row for row in result["rows"]):
+        sys.exit(f"bench_gpu: {failed} rows failed")
 
 
 if __name__ == "__main__":

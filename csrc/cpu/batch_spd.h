@@ -211,6 +211,15 @@ struct Staged {
   }
 };
 
+// How many matrices further on one begins at a multiple of a vector's size; -1: none does.
+template <typename T>
+FLATKERN_INLINE int until_aligned(const T* matrix, std::int64_t square) {
+  for (int k = 0; k < Simd<T>::width; ++k) {
+    if (reinterpret_cast<std::uintptr_t>(matrix + k * square) % sizeof(V<T>) == 0) return k;
+  }
+  return -1;
+}
+
 // weight[n] times the inverse: the derivative of the log-determinants. Where a matrix is not numerically
 // positive definite, or not finite, there is none: zeros where the weight is zero, else NaN.
 template <typename T>
@@ -225,13 +234,15 @@ void spd_pullback(const Matrices<T>& g, const T* weight, std::int64_t begin, std
   V<T>* m = a + ldl_vectors(c);
   T* staged = reinterpret_cast<T*>(m + inverse_vectors(c));
   const T tolerance = spd_tolerance<T>(c);
-  for (std::int64_t first = begin; first < end; first += Simd<T>::width) {
+  int lanes;
+  for (std::int64_t first = begin; first < end; first += lanes) {
     const T* sample[Simd<T>::width];
     T* to[Simd<T>::width];
     T weights[Simd<T>::width];
-    const int lanes = take_samples(g, first, end, sample);
     T* const group = out + first * square;
-    const bool past = many && reinterpret_cast<std::uintptr_t>(group) % sizeof(V<T>) == 0;
+    const int ahead = many ? until_aligned(group, square) : 0;
+    const bool past = many && ahead == 0;
+    lanes = take_samples(g, first, ahead > 0 && first + ahead < end ? first + ahead : end, sample);
     for (int s = 0; s < Simd<T>::width; ++s) {
       const std::int64_t at = s < lanes ? s : lanes - 1;
       to[s] = past ? staged + at * stage.pitch : group + at * square;

@@ -23,6 +23,8 @@ FLATKERN_CUDA=emulated FLATKERN_BUILD=required python setup.py -q build_ext --bu
 on_host() { FLATKERN_LIBRARY="$PWD/build/cuda-emulated/flatkern/_C.so" "$@"; }
 FLATKERN_EMULATION_ORDER=warp-by-warp-backward on_host \
   python -m pytest tests/kernels -n "${WORKERS:-2}" --dist loadfile -m "not slow and not cpu_kernels"
+# what the sanitizers of gpu_check.sh run is there
+python -m pytest tests/kernels/test_cuda.py tests/kernels/test_jets_cuda.py --collect-only -k "dtype0" >/dev/null
 on_host python -m benchmarks.bench_gpu --device cpu --quick --output build/gpu-quick >/dev/null  # does it run
 
 if ! command -v nvcc >/dev/null && [ ! -x "${CUDA_HOME:-/nonexistent}/bin/nvcc" ]; then

@@ -160,14 +160,14 @@ def reference(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _raw(x: Tensor, precise: bool) -> Tensor:
-    if not runs_compiled(x, limit=MAX_SPECTRUM):
+    if not runs_compiled(x, limit=MAX_SPECTRUM, squares=1):
         return reference_values(x, precise)
     values: Tensor = torch.ops.flatkern.gram_singular_values(few_dims(x), precise)
     return values.reshape(x.shape[:-1])
 
 
 def _raw_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
-    if not runs_compiled(x, limit=MAX_SPECTRUM):
+    if not runs_compiled(x, limit=MAX_SPECTRUM, squares=2):
         return reference(x)
     values, U = torch.ops.flatkern.gram_singular_vectors(few_dims(x))
     return values.reshape(x.shape[:-1]), U.reshape(*x.shape[:-1], x.shape[-2])

@@ -102,29 +102,36 @@ class _State:
 _state = _State()
 
 
-def runs_compiled(x: Tensor, *, cuda: bool = True, limit: float = MAX_SIZE) -> bool:
+def runs_compiled(x: Tensor, *, cuda: bool = True, limit: float = MAX_SIZE, squares: int = 0) -> bool:
     """Whether the compiled kernel takes these matrices.
 
-    `cuda`: whether the operator has a CUDA kernel; `limit`: the most rows it takes.
+    `cuda`: whether the operator has a CUDA kernel; `limit`: the most rows it takes; `squares`: see `rows_that_fit`.
     """
-    rows = x.shape[-2]
-    if rows > limit or (x.device.type == "cuda" and not (cuda and rows <= _rows_on(x.device))):
+    rows, on_gpu = x.shape[-2], x.device.type == "cuda"
+    if rows > limit or (on_gpu and not cuda) or not runs_compiled_rows(x.device):
         return False
-    return runs_compiled_rows(x.device)
+    return not on_gpu or rows <= _rows_on(x.device, squares)
 
 
-def rows_that_fit(shared_bytes: int) -> int:
+def rows_that_fit(shared_bytes: int, squares: int = 0) -> int:
     """Up to how many rows the CUDA kernels' factorizations fit a block's shared memory.
 
-    The largest holds a triangle in numbers of twice the precision, 2 c + 32 more, and nothing else.
+    They hold a triangle in numbers of twice the precision, 2 c + 32 more, and so many squares with rows of odd length.
     """
-    return max(c for c in range(MAX_SIZE + 1) if 8 * (c * (c + 1) + 2 * c + 32) <= shared_bytes or c == 0)
+
+    def needed(c: int) -> int:
+        return 8 * (c * (c + 1) + 2 * c + 32 + squares * c * (c | 1))
+
+    return max((c for c in range(MAX_SIZE + 1) if needed(c) <= shared_bytes), default=0)
 
 
 @cache
-def _rows_on(device: torch.device) -> int:
+def _rows_on(device: torch.device, squares: int) -> int:
+    if not torch.cuda.is_available():  # shapes traced for a GPU that is not there
+        return MAX_SIZE
     # a block may ask for all that a multiprocessor has but the 1 KiB that the system keeps for itself
-    return rows_that_fit(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor - 1024)
+    shared = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor - 1024
+    return rows_that_fit(shared, squares)
 
 
 def runs_compiled_rows(device: torch.device) -> bool:

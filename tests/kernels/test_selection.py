@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flatkern import kernels
 from flatkern.kernels._select import _state, compiled_available, environment_choice, rows_that_fit, using
@@ -107,9 +108,22 @@ def test_using_restores_on_errors():
 
 
 @pytest.mark.parametrize(
-    ("device", "kib", "rows"), [("H100", 227, 128), ("A100", 163, 128), ("RTX 4090", 99, 110)]
+    ("device", "kib", "rows", "values", "vectors"),
+    [
+        ("H100", 227, 128, 119, 97),
+        ("A100", 163, 128, 101, 82),
+        ("RTX 4090", 99, 110, 78, 64),
+        ("T4", 63, 88, 62, 51),
+    ],
 )
-def test_rows_that_fit_the_shared_memory_of_a_gpu(device, kib, rows):
-    assert rows_that_fit(kib << 10) == rows, device
-    needed = 8 * (rows * (rows + 1) + 2 * rows + 32)
-    assert needed <= kib << 10
+def test_rows_that_fit_the_shared_memory_of_a_gpu(device, kib, rows, values, vectors):
+    assert [rows_that_fit(kib << 10, squares) for squares in range(3)] == [rows, values, vectors], device
+
+
+def test_shapes_on_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setitem(_state.build, "cuda", True)
+    for which in ("reference", "compiled") if compiled_available() else ("reference",):
+        with FakeTensorMode(), using(which), torch.no_grad():
+            product = kernels.gram(torch.empty(3, 4, 5, device="cuda"))
+        assert product.shape == (3, 4, 4)
+        assert product.device.type == "cuda"

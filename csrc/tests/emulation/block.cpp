@@ -17,7 +17,7 @@
 namespace emulation {
 
 Place place;
-int last_error = 0;
+thread_local int last_error = 0;
 
 namespace {
 

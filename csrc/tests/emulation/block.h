@@ -21,7 +21,7 @@ struct Place {
   Extent thread, block, threads, grid;
 };
 extern Place place;
-extern int last_error;
+extern thread_local int last_error;
 
 // Threads in turn or from the last; or a warp as far as it gets before the next, from the first or the last.
 enum class Order { forward, backward, warp_by_warp, warp_by_warp_backward };
@@ -41,7 +41,7 @@ void* dynamic_shared();
 void block_barrier(Site site, bool value);
 bool block_vote(Site site, bool value, bool all);
 void warp_barrier(Site site);
-// Leaves this lane's word, waits for the others', and returns that of lane `source`; null: only waits.
+// Leaves this lane's word, waits for the others', and takes that of lane `source`.
 void exchange(Site site, unsigned mask, const void* mine, std::size_t bytes, int source, void* theirs);
 unsigned ballot(Site site, unsigned mask, bool value);
 
