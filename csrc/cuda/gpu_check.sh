@@ -28,10 +28,11 @@ step info 60 "$PYTHON" -m flatkern.cli info
 step tests 150 "$PYTHON" -m pytest tests/kernels -m "cuda and not slow" -q --maxfail 40
 step bench 120 "$PYTHON" -m benchmarks.bench_gpu --output "$OUT"
 if command -v compute-sanitizer >/dev/null; then
-  few=(-m pytest tests/kernels/test_cuda.py tests/kernels/test_jets_cuda.py -q -k "dtype0 and not 1000 and not 128")
-  check=(compute-sanitizer --error-exitcode 9 --kernel-name kernel_substring=flatkern)
+  few=(-m pytest tests/kernels/test_cuda.py tests/kernels/test_jets_cuda.py -q -k "dtype0 and not 1000 and not 128 and not 129")
+  check=(compute-sanitizer --error-exitcode 9)
   # without torch's cache every tensor is an allocation of its own, beyond which a kernel must not reach
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 step memcheck 120 "${check[@]}" --tool memcheck "$PYTHON" "${few[@]}"
-  step racecheck 120 "${check[@]}" --tool racecheck "$PYTHON" "${few[@]}"
+  # of our kernels alone: torch's would take most of the time
+  step racecheck 120 "${check[@]}" --tool racecheck --kernel-name kernel_substring=flatkern "$PYTHON" "${few[@]}"
 fi
 [ -z "$failed" ] && echo "gpu-check: passed" || { echo "gpu-check: FAILED:$failed"; exit 1; }
