@@ -19,6 +19,7 @@
 namespace {
 
 using flatkern::dispatch;
+using flatkern::empty;
 using flatkern::Matrices;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -44,10 +45,6 @@ std::vector<std::int64_t> batch_sizes(const Tensor& x, std::initializer_list<std
   std::vector<std::int64_t> out(sizes.begin(), sizes.end() - 2);
   out.insert(out.end(), rest);
   return out;
-}
-
-Tensor empty(const Tensor& like, const std::vector<std::int64_t>& sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, dtype);
 }
 
 void check_sizes(const Tensor& x, std::int64_t limit, bool square) {

@@ -18,12 +18,9 @@
 namespace {
 
 using flatkern::dispatch;
+using flatkern::empty;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-Tensor empty(const Tensor& like, const std::vector<std::int64_t>& sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, dtype);
-}
 
 void check_contiguous_dots(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 3 && x.is_contiguous(), "flatkern: expected contiguous rows [batch, k, size]");

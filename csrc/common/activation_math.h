@@ -139,4 +139,27 @@ FLATKERN_HD Three<N> three(N z, const ActivationSpec& spec) {
   if constexpr (kind == Activation::elu) return elu_three(z, spec);
 }
 
+// The same, of the kind that the specification names.
+template <typename N>
+FLATKERN_HD Three<N> three(N z, const ActivationSpec& spec) {
+  switch (spec.kind) {
+    case Activation::relu:
+      return three<Activation::relu>(z, spec);
+    case Activation::gelu:
+      return three<Activation::gelu>(z, spec);
+    case Activation::gelu_tanh:
+      return three<Activation::gelu_tanh>(z, spec);
+    case Activation::silu:
+      return three<Activation::silu>(z, spec);
+    case Activation::tanh:
+      return three<Activation::tanh>(z, spec);
+    case Activation::sigmoid:
+      return three<Activation::sigmoid>(z, spec);
+    case Activation::softplus:
+      return three<Activation::softplus>(z, spec);
+    default:
+      return three<Activation::elu>(z, spec);
+  }
+}
+
 }  // namespace flatkern

@@ -32,28 +32,6 @@ __device__ __forceinline__ void set(E* p, const F& f) {
   *reinterpret_cast<Pack<E, count>*>(p) = pack;
 }
 
-template <typename T>
-__device__ __forceinline__ Three<T> evaluate(const ActivationSpec& spec, T z) {
-  switch (spec.kind) {  // the same for the whole launch
-    case Activation::relu:
-      return three<Activation::relu>(z, spec);
-    case Activation::gelu:
-      return three<Activation::gelu>(z, spec);
-    case Activation::gelu_tanh:
-      return three<Activation::gelu_tanh>(z, spec);
-    case Activation::silu:
-      return three<Activation::silu>(z, spec);
-    case Activation::tanh:
-      return three<Activation::tanh>(z, spec);
-    case Activation::sigmoid:
-      return three<Activation::sigmoid>(z, spec);
-    case Activation::softplus:
-      return three<Activation::softplus>(z, spec);
-    default:
-      return three<Activation::elu>(z, spec);
-  }
-}
-
 template <typename E, int count>
 __device__ __forceinline__ void step(const ActivationSpec& spec, const ActivationDerivativesArgs<E>& a,
                                      std::int64_t, std::int64_t i) {
@@ -62,7 +40,7 @@ __device__ __forceinline__ void step(const ActivationSpec& spec, const Activatio
   Three<T> f[count];
   get(a.z + i, z);
 #pragma unroll
-  for (int c = 0; c < count; ++c) f[c] = evaluate(spec, z[c]);
+  for (int c = 0; c < count; ++c) f[c] = three(z[c], spec);
   set<E, count>(a.value + i, [&](int c) { return f[c].value; });
   set<E, count>(a.slope + i, [&](int c) { return f[c].slope; });
   set<E, count>(a.bend + i, [&](int c) { return f[c].bend; });
@@ -76,7 +54,7 @@ __device__ __forceinline__ void step(const ActivationSpec& spec, const Activatio
   Three<T> f[count];
   get(a.z + i, x);
 #pragma unroll
-  for (int c = 0; c < count; ++c) f[c] = evaluate(spec, x[c]);
+  for (int c = 0; c < count; ++c) f[c] = three(x[c], spec);
   set<E, count>(a.value + i, [&](int c) { return f[c].value; });
   for (std::int64_t at = i; at < a.k * n; at += n) {
     get(a.t + at, x);
@@ -100,7 +78,7 @@ __device__ __forceinline__ void step(const ActivationSpec& spec, const Activatio
   get(a.z + i, x);
   get(a.g + i, y);
 #pragma unroll
-  for (int c = 0; c < count; ++c) f[c] = evaluate(spec, x[c]);
+  for (int c = 0; c < count; ++c) f[c] = three(x[c], spec);
   set<E, count>(a.cotangent + i, [&](int c) { return f[c].slope * y[c]; });
 #pragma unroll
   for (int c = 0; c < count; ++c) f[c].bend *= y[c];

@@ -21,4 +21,10 @@ inline std::vector<double> gaussians(std::size_t n, unsigned seed) {
   return out;
 }
 
+template <typename T>
+std::vector<T> normals(std::int64_t n, unsigned seed) {
+  const std::vector<double> wide = gaussians(count(n), seed);
+  return {wide.begin(), wide.end()};
+}
+
 }  // namespace numbers

@@ -14,33 +14,7 @@ namespace {
 
 using namespace flatkern;
 using cpu::JetKernels;
-
-template <typename T>
-std::vector<T> normals(std::int64_t n, unsigned seed) {
-  const std::vector<double> wide = numbers::gaussians(numbers::count(n), seed);
-  return {wide.begin(), wide.end()};
-}
-
-Three<double> exact(const ActivationSpec& spec, double z) {
-  switch (spec.kind) {
-    case Activation::relu:
-      return three<Activation::relu>(z, spec);
-    case Activation::gelu:
-      return three<Activation::gelu>(z, spec);
-    case Activation::gelu_tanh:
-      return three<Activation::gelu_tanh>(z, spec);
-    case Activation::silu:
-      return three<Activation::silu>(z, spec);
-    case Activation::tanh:
-      return three<Activation::tanh>(z, spec);
-    case Activation::sigmoid:
-      return three<Activation::sigmoid>(z, spec);
-    case Activation::softplus:
-      return three<Activation::softplus>(z, spec);
-    default:
-      return three<Activation::elu>(z, spec);
-  }
-}
+using numbers::normals;
 
 template <typename T>
 void activations(const JetKernels<T>& jets, std::int64_t n, double tolerance) {
@@ -67,7 +41,7 @@ void activations(const JetKernels<T>& jets, std::int64_t n, double tolerance) {
     jets.pullback(spec, p, n, 0, half);
     jets.pullback(spec, p, n, half, cpu::jet_chunks(n));
     for (std::int64_t i = 0; i < n; ++i) {
-      const Three<double> f = exact(spec, z[i]);
+      const Three<double> f = three<double>(z[i], spec);
       EXPECT_NEAR(value[i], f.value, tolerance * (1 + std::abs(f.value)));
       EXPECT_NEAR(slope[i], f.slope, tolerance * 2);
       EXPECT_NEAR(bend[i], f.bend, tolerance * 2);

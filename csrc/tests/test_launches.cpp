@@ -18,15 +18,10 @@ namespace {
 using namespace flatkern;
 using numbers::count;
 using numbers::gaussians;
+using numbers::normals;
 
 void here(std::int64_t n, std::int64_t, const std::function<void(std::int64_t, std::int64_t)>& f) {
   if (n > 0) f(0, n);
-}
-
-template <typename T>
-std::vector<T> normals(std::int64_t n, unsigned seed) {
-  const std::vector<double> wide = gaussians(count(n), seed);
-  return {wide.begin(), wide.end()};
 }
 
 template <typename T>

@@ -29,6 +29,9 @@ constexpr std::size_t kStack = 256 << 10;
 constexpr std::size_t kStack = 64 << 10;
 #endif
 
+// Threads in turn or from the last; or a warp as far as it gets before the next, from the first or the last.
+enum class Order { forward, backward, warp_by_warp, warp_by_warp_backward };
+
 Order order_of(const char* name) {
   const std::string wanted = name ? name : "forward";
   if (wanted == "backward") return Order::backward;
@@ -38,6 +41,8 @@ Order order_of(const char* name) {
   std::fprintf(stderr, "FLATKERN_EMULATION_ORDER=%s is not an order\n", name);
   std::abort();
 }
+
+const Order order = order_of(std::getenv("FLATKERN_EMULATION_ORDER"));
 
 enum class State { ready, at_warp, at_block, done };
 
@@ -237,8 +242,6 @@ void run_block() {
 
 }  // namespace
 
-Order order = order_of(std::getenv("FLATKERN_EMULATION_ORDER"));
-
 bool allow_shared(void (*kernel)(), int bytes) {
   const std::lock_guard<std::mutex> lock(one_grid);
   if (bytes > kMostShared) return false;
@@ -276,8 +279,8 @@ void* dynamic_shared() {
   return machine.shared.get();
 }
 
-void block_barrier(Site site, bool value) {
-  arrive_at_block(site, value);
+void block_barrier(Site site) {
+  arrive_at_block(site, true);
 }
 
 bool block_vote(Site site, bool value, bool all) {

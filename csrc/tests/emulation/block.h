@@ -1,7 +1,7 @@
 // A block of a CUDA grid on the host. Its threads are fibers, each of which runs until it waits for others;
 // what it then finds depends on no order but that of the barriers. To show where a kernel depends on more,
-// the orders in which threads, warps and blocks are taken can be chosen (FLATKERN_EMULATION_ORDER, or
-// `order`). Shared memory sized by the launch starts as NaNs and ends where it ends.
+// the orders in which threads, warps and blocks are taken can be chosen (FLATKERN_EMULATION_ORDER).
+// Shared memory sized by the launch starts as NaNs and ends where it ends.
 #pragma once
 
 #include <cstddef>
@@ -23,10 +23,6 @@ struct Place {
 extern Place place;
 extern thread_local int last_error;
 
-// Threads in turn or from the last; or a warp as far as it gets before the next, from the first or the last.
-enum class Order { forward, backward, warp_by_warp, warp_by_warp_backward };
-extern Order order;
-
 // Where in the source a thread waits.
 struct Site {
   const char* file;
@@ -38,7 +34,7 @@ void run_grid(void (*kernel)(), Extent grid, unsigned threads, std::size_t share
               const std::function<void()>& thread);
 void* dynamic_shared();
 
-void block_barrier(Site site, bool value);
+void block_barrier(Site site);
 bool block_vote(Site site, bool value, bool all);
 void warp_barrier(Site site);
 // Leaves this lane's word, waits for the others', and takes that of lane `source`.

@@ -10,8 +10,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <initializer_list>
-#include <type_traits>
 #include <utility>
 
 #include "block.h"
@@ -53,7 +51,7 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute, int by
   return possible ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-#define __syncthreads() ::emulation::block_barrier({__FILE__, __LINE__}, true)
+#define __syncthreads() ::emulation::block_barrier({__FILE__, __LINE__})
 #define __syncthreads_and(x) ::emulation::block_vote({__FILE__, __LINE__}, (x), true)
 #define __syncthreads_or(x) ::emulation::block_vote({__FILE__, __LINE__}, (x), false)
 #define __syncwarp() ::emulation::warp_barrier({__FILE__, __LINE__})
@@ -62,7 +60,6 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute, int by
 #define __shfl_down_sync(mask, ...) ::emulation::shuffle_down({__FILE__, __LINE__}, mask, __VA_ARGS__)
 #define __ballot_sync(mask, x) ::emulation::ballot({__FILE__, __LINE__}, mask, (x))
 #define __all_sync(mask, x) (::emulation::ballot({__FILE__, __LINE__}, mask, (x)) == 0xffffffffu)
-#define __any_sync(mask, x) (::emulation::ballot({__FILE__, __LINE__}, mask, (x)) != 0)
 
 inline float __int_as_float(int bits) {
   float x;
